@@ -1,0 +1,1 @@
+"""Running and proving: what every package of metazoo shares. Import the module that you need."""
