@@ -3,13 +3,14 @@
 The peer half of the benchmark. It needs a clone of `ddrous/MixER` and an environment of its own, because that package
 is called `mixer` too: python 3.11 with jax, equinox, diffrax, optax, einops, torch, pandas, seaborn and scipy (and not
 torchvision). Nothing in the clone is changed and nothing of it is repeated here: the step functions timed are the
-closures of its own `NCFTrainer.meta_train_gated`, and whole outer steps are timed by the clock in that function.
+closures of its own `NCFTrainer.meta_train_gated`, and whole outer steps are timed as that function prints them.
 Settings follow `examples/ode-bench/main_mixer.py`, with fewer environments and experts.
 
     python official_jax.py --official MixER --data ode-bench/data --threads 1
 
-prints one line of JSON: milliseconds unless a key says otherwise; "q25" is the quartile of the fast side, the figure to
-compare where other processes share the cores.
+prints one line of JSON: milliseconds unless a key says otherwise; "q25" is the quartile of the fast side. "cpu" is the
+time that the process had on its cores, all threads together: where other processes share the cores and there is one
+thread, it is the figure to compare.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import os
 import platform
@@ -28,7 +30,7 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,37 @@ INNER_STEPS = 12  # of contexts, and again of the model, in one outer step (main
 PROXIMAL_BETAS = (10.0, 10.0)
 LEARNING_RATE = 1e-3
 CONTEXT_PER_EXPERT = 4
-Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and all its arguments but the last, the key
+Reading = tuple[float, float]  # seconds: wall clock, processor
+Call = tuple[Any, tuple[Any, ...]]  # a function and all its arguments but the last, the key
 VERSIONS = ("jax", "jaxlib", "equinox", "diffrax", "optax", "torch", "numpy")
 SEED = 20960  # main_mixer.py's
 
 
 class _Captured(Exception):
     """Ends a run of the official trainer as soon as its step functions are in hand."""
+
+
+class _Clock(io.StringIO):
+    """Keeps what the official trainer prints, and the clocks at each of its lines on an outer step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readings: list[Reading] = []
+
+    def write(self, text: str) -> int:
+        if "Time/Step(s)" in text:  # by then it has waited for the step's losses
+            self.readings.append(now())
+        return super().write(text)
+
+
+def now() -> Reading:
+    """Return the seconds of the wall clock and those of this process on its cores."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Reading, end: Reading) -> Reading:
+    """Return the seconds between two readings of the clocks."""
+    return end[0] - start[0], end[1] - start[1]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -161,9 +187,9 @@ def build(mixer: Any, options: argparse.Namespace, experts: int) -> tuple[Any, A
     return mixer.NCFTrainer(learner, optimisers, key=key), loader
 
 
-def run(trainer: Any, loader: Any, outer_steps: int, gate_every: int) -> str:
-    """Train by the official loop and return what it printed."""
-    text = io.StringIO()
+def run(trainer: Any, loader: Any, outer_steps: int, gate_every: int) -> _Clock:
+    """Train by the official loop and return what it printed, with the clocks at each outer step."""
+    text = _Clock()
     with contextlib.redirect_stdout(text):  # without verbose=True, which prints tables as well
         trainer.meta_train_gated(
             dataloader=loader,
@@ -175,7 +201,7 @@ def run(trainer: Any, loader: Any, outer_steps: int, gate_every: int) -> str:
             update_gate_every=gate_every,
             key=trainer.key,
         )
-    return text.getvalue()
+    return text
 
 
 def closures(trainer: Any, loader: Any) -> Mapping[str, Any]:
@@ -193,26 +219,34 @@ def closures(trainer: Any, loader: Any) -> Mapping[str, Any]:
     return {name: found[name] for name in ("train_step_ctx", "train_step_model", "train_step_gates")}
 
 
-def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, quartiles and minimum, in milliseconds."""
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    values = {"median": middle, "q25": low, "q75": high, "min": min(seconds)}
-    return {name: round(1e3 * value, 3) for name, value in values.items()} | {"n": len(seconds)}
+def summary(readings: Sequence[Reading]) -> dict[str, float]:
+    """Return median, quartiles and minimum of the wall clock, median and lower quartile of the processor, in ms."""
+    wall, processor = zip(*readings, strict=True)
+    low, middle, high = statistics.quantiles(wall, n=4, method="inclusive")
+    cpu_low, cpu_middle, _ = statistics.quantiles(processor, n=4, method="inclusive")
+    values = {"median": middle, "q25": low, "q75": high, "min": min(wall)}
+    values |= {"cpu_median": cpu_middle, "cpu_q25": cpu_low, "cpu_min": min(processor)}
+    return {name: round(1e3 * value, 3) for name, value in values.items()} | {"n": len(wall)}
 
 
-def timed(call: Call, repeats: int) -> list[float]:
+def timed(call: Call, repeats: int) -> list[Reading]:
     """Return the seconds that `call` took to its last result, each time with another key."""
     import jax
 
     function, arguments = call
-    seconds = []
+    seconds: list[Reading] = []
     with contextlib.redirect_stdout(io.StringIO()):  # the gate prints at every update
         for key in jax.random.split(jax.random.PRNGKey(1), repeats):
             key.block_until_ready()
-            start = time.perf_counter()
+            start = now()
             jax.block_until_ready(jax.tree.leaves(function(*arguments, key)))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(since(start, now()))
     return seconds
+
+
+def measured(calls: Mapping[str, Call], repeats: int) -> dict[str, dict[str, float]]:
+    """Time every piece, warm."""
+    return {name: summary(timed(call, repeats + 1)[1:]) for name, call in calls.items()}
 
 
 def bind(steps: Mapping[str, Any], trainer: Any, batch: Any) -> dict[str, Call]:
@@ -260,15 +294,17 @@ def bind(steps: Mapping[str, Any], trainer: Any, batch: Any) -> dict[str, Call]:
 
 
 def whole(trainer: Any, loader: Any, outer_steps: int, gate_every: int) -> dict[str, Any]:
-    """Time outer steps by the trainer's own clock."""
-    start = time.perf_counter()
-    text = run(trainer, loader, outer_steps + 1, gate_every)
-    wall = time.perf_counter() - start
-    seconds = [float(found) for found in re.findall(r"Time/Step\(s\): *([0-9.]+)", text)]
+    """Time outer steps of the official loop; `by_its_own_clock` is the median of the times that it prints."""
+    start = now()
+    clock = run(trainer, loader, outer_steps + 1, gate_every)
+    wall, _ = since(start, now())
+    text, readings = clock.getvalue(), clock.readings
+    printed = [1e3 * float(found) for found in re.findall(r"Time/Step\(s\): *([0-9.]+)", text)]
     losses = trainer.losses_model[-1]
     return {
-        **summary(seconds[1:]),
-        "first_outer_step_s": seconds[0],
+        **summary([since(a, b) for a, b in itertools.pairwise(readings)]),
+        "by_its_own_clock": round(statistics.median(printed[1:]), 1),
+        "first_outer_step_s": round(printed[0] / 1e3, 3),
         "wall_s": round(wall, 2),
         "gate_updates_accepted": text.count("converged after"),
         "gate_updates_aborted": text.count("is empty") + text.count("did not converge"),
@@ -277,14 +313,15 @@ def whole(trainer: Any, loader: Any, outer_steps: int, gate_every: int) -> dict[
     }
 
 
-def composed(figures: Mapping[str, Mapping[str, float]], run_figures: Mapping[str, float], gate_every: int) -> float:
-    """Return the milliseconds of an outer step put together from the medians of its pieces."""
+def composed(
+    figures: Mapping[str, Mapping[str, float]], run_figures: Mapping[str, float], gate_every: int, statistic: str
+) -> float:
+    """Return the milliseconds of an outer step put together from its pieces."""
     accepted, aborted = run_figures["gate_updates_accepted"], run_figures["gate_updates_aborted"]
-    share = accepted / (accepted + aborted)
-    gate = share * figures["gate_accepted"]["median"] + (1 - share) * figures["gate_aborted"]["median"]
+    piece = {name: values[statistic] for name, values in figures.items()}
+    gate = (accepted * piece["gate_accepted"] + aborted * piece["gate_aborted"]) / (accepted + aborted)
     gates = 2 * len(range(0, INNER_STEPS, gate_every))
-    steps = INNER_STEPS * (figures["context_step"]["median"] + figures["model_step"]["median"])
-    return round(steps + gates * gate, 1)
+    return round(INNER_STEPS * (piece["context_step"] + piece["model_step"]) + gates * gate, 1)
 
 
 def primitives(jaxpr: Any) -> collections.Counter[str]:
@@ -342,20 +379,34 @@ def main() -> None:
         trainer, loader = build(mixer, options, options.experts)
         steps, batch = closures(trainer, loader), next(iter(loader))
         fresh = bind(steps, trainer, batch)
-        first = {name: round(timed(call, 1)[0], 3) for name, call in fresh.items() if name != "gate_aborted"}
-        runs, figures = {}, {}
+        first = {
+            name: [round(clock, 3) for clock in timed(call, 1)[0]]
+            for name, call in fresh.items()
+            if name != "gate_aborted"
+        }
+        runs: dict[int, dict[str, Any]] = {}
+        figures: dict[str, dict[str, float]] = {}
         for gate_every in options.gate_every:
             trained, loader = build(mixer, options, options.experts)
             runs[gate_every] = whole(trained, loader, options.steps, gate_every)
             if not figures:  # in the state that the first of these runs has reached
-                calls = bind(steps, trained, batch)
-                figures = {name: summary(timed(call, options.repeats + 1)[1:]) for name, call in calls.items()}
-            runs[gate_every]["composed_of_pieces"] = composed(figures, runs[gate_every], gate_every)
+                figures = measured(bind(steps, trained, batch), options.repeats)
+            for statistic in ("median", "cpu_median"):
+                total = composed(figures, runs[gate_every], gate_every, statistic)
+                runs[gate_every][f"composed_of_pieces_{statistic}"] = total
+        if not figures:
+            figures = measured(fresh, options.repeats)
         scan = [work(mixer, options, experts) for experts in options.scan]
     settings = {name: value for name, value in vars(options).items() if name not in ("official", "data")}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()}
     shape = list(batch[1].shape)
-    result = {"settings": settings, "cores": cores, "data_shape": shape, "first_call_s": first, "pieces_ms": figures}
+    result = {
+        "settings": settings,
+        "cores": cores,
+        "data_shape": shape,
+        "first_call_s_wall_cpu": first,
+        "pieces_ms": figures,
+    }
     print(json.dumps(result | {"outer_step_ms": runs, "scan": scan, "versions": versions}))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metazoo.errors import UserError
 from mixer import gating
 from scipy.optimize import linear_sum_assignment
 
@@ -140,7 +141,101 @@ def test_clustering_is_a_fixed_point() -> None:
         assert np.allclose(points[nearest == j].mean(0), centres[j], atol=1e-5)
 
 
-def test_state_goes_on(tmp_path: object) -> None:
+def test_paper_starts_from_the_last_centroids_and_forgets_them_after_failing() -> None:
+    """Accepted: the clusters keep their order, whichever it was; given up: centroids and order are forgotten."""
+    contexts, family = clouds(2)
+    for order in ([0, 1], [1, 0]):
+        gate = gating.KMeansLeastSquaresGate(2, init="paper")
+        gate.centroids = contexts[[0, 5]][order]
+        for _ in range(2):
+            assert gate.update(contexts, torch.rand(10, 2)).reason == "accepted"
+            means = torch.stack([contexts[family == j].mean(0) for j in order])
+            assert torch.allclose(gate.centroids, means, atol=1e-5)
+        assert gate.update(contexts.abs() + 100, torch.rand(10, 2)).reason == "empty cluster"
+        assert gate.centroids is None
+        assert (gate.accepted, gate.aborted) == (2, 1)
+
+
+def test_paper_seeds_within_a_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(contexts: torch.Tensor, centroids: torch.Tensor, **options: object) -> gating.Clusters:
+        seen.append(centroids)
+        return gating.Clusters(centroids, torch.zeros(len(contexts), dtype=torch.long), converged=False, empty=True)
+
+    monkeypatch.setattr(gating, "cluster", spy)
+    gating.KMeansLeastSquaresGate(50, init="paper").update(torch.ones(60, 40), torch.rand(60, 50))
+    assert 0.99e-3 < seen[0].max() <= 1e-3
+    assert -1e-3 <= seen[0].min() < -0.99e-3
+
+
+def test_kmeans_plus_plus_goes_on_from_its_centroids_and_without_convergence() -> None:
+    """The second update starts where the first ended; too few iterations do not stop it."""
+    contexts, _ = clouds(spread=1.0)
+    gate = gating.KMeansLeastSquaresGate(4, max_iterations=1, tolerance=0.0)
+    losses = torch.rand(20, 4)
+    assert gate.update(contexts, losses).reason == "accepted"
+    expected = gating.cluster(contexts, gate.centroids, max_iterations=1, tolerance=0.0, reseed=True)
+    assert not expected.converged
+    gate.update(contexts, losses)
+    assert torch.equal(gate.centroids, expected.centroids)
+
+
+def test_kmeans_plus_plus_draws_by_squared_distance() -> None:
+    """From 0 among {0, 1, 3} the second centroid is 3 nine times as often as 1, and never 0 again."""
+    contexts, generator = torch.tensor([[0.0], [1.0], [3.0]]), torch.Generator().manual_seed(0)
+    pairs = [gating.kmeans_plus_plus(contexts, 2, generator).flatten().tolist() for _ in range(3000)]
+    after_zero = [second for first, second in pairs if first == 0]
+    assert 0.0 not in after_zero
+    assert 0.87 < after_zero.count(3.0) / len(after_zero) < 0.93
+
+
+def test_empty_cluster_takes_the_farthest_context() -> None:
+    """Centroid 1 attracts nobody and gets the context at 5, the farthest from its own centroid."""
+    contexts = torch.tensor([[0.0], [0.1], [0.2], [5.0]])
+    found = gating.cluster(contexts, torch.tensor([[0.0], [99.0]]), max_iterations=1, tolerance=0.0, reseed=True)
+    assert found.assignment.tolist() == [0, 0, 0, 1]
+    assert torch.allclose(found.centroids, torch.tensor([[0.1], [5.0]]))
+
+
+def test_noise_is_what_the_fit_sees() -> None:
+    """Contexts that coincide: with noise the fit separates what it saw; the same seed gives the same W."""
+    contexts, experts = torch.zeros(6, 9), torch.tensor([0, 1, 2, 0, 1, 2])
+    flat = gating.fit_gate(contexts, experts, 3, noise=0.0, generator=torch.Generator())
+    assert torch.allclose(gating.with_bias(contexts) @ flat, torch.full((6, 3), 1 / 3))
+    assert flat[:-1].abs().max() < 1e-6
+    one, other = (
+        gating.fit_gate(contexts, experts, 3, noise=1e-2, generator=torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert torch.equal(one, other)
+    drawn = torch.randn(6, 9, generator=torch.Generator().manual_seed(1)) * 1e-2
+    assert torch.equal((gating.with_bias(drawn) @ one).argmax(1), experts)
+
+
+def test_losses_decide_which_expert_a_cluster_gets() -> None:
+    contexts, family = clouds()
+    experts = torch.tensor([2, 0, 3, 1])[family]
+    losses = 1.0 - torch.nn.functional.one_hot(experts, 4) + 0.1 * torch.rand(20, 4)
+    update = gating.KMeansLeastSquaresGate(4).update(contexts, losses)
+    assert torch.equal(update.experts, experts)
+    assert torch.equal((gating.with_bias(contexts) @ update.weight).argmax(1), experts)
+
+
+def test_an_expert_whose_loss_is_not_finite_comes_last() -> None:
+    assert gating.greedy_pairing(torch.tensor([[float("nan"), 2.0], [0.0, 1.0]])).tolist() == [1, 0]
+
+
+def test_impossible_updates_are_refused() -> None:
+    gate = gating.KMeansLeastSquaresGate(4)
+    with pytest.raises(UserError, match="4 experts for 3 environments: use at most 3"):
+        gate.update(torch.zeros(3, 8), torch.ones(3, 4))
+    contexts = torch.zeros(9, 8)
+    contexts[3, 2] = float("nan")
+    with pytest.raises(UserError, match="contexts are not finite"):
+        gate.update(contexts, torch.ones(9, 4))
+
+
+def test_state_goes_on() -> None:
     """A gate restored from its state dict makes the same next update, bit for bit."""
     contexts, _ = clouds(spread=0.5)
     losses = torch.rand(20, 4)

@@ -117,6 +117,8 @@ def test_one_expert_is_the_bare_meta_learner(kind: str) -> None:
     x = torch.randn(7, 3, 3, dtype=torch.float64)
     xi = batch(c=3)[2]
     before = model.vector_field(x, xi)
+    own = torch.stack([torch.stack([naive.expert(model, 0, x[e, i], xi[e]) for i in range(3)]) for e in range(7)])
+    assert torch.allclose(before, own, rtol=1e-12, atol=1e-13)
     with torch.no_grad():
         model.gate_weight.normal_()
     assert torch.equal(model.vector_field(x, xi), before)
@@ -179,6 +181,16 @@ def test_relabelling_the_experts_changes_nothing(kind: str) -> None:
     assert torch.allclose(model(times, x0, moved), before, rtol=1e-10, atol=1e-12)
 
 
+def test_slices() -> None:
+    """Split: the m-th of M equal parts; not split: all of ξ for every expert."""
+    xi = torch.arange(12.0).view(2, 6)
+    split = MixER(experts=3, context_size=6).slices(xi)
+    assert split[1].tolist() == [[6, 7], [8, 9], [10, 11]]
+    whole = MixER(experts=3, context_size=6, split_context=False).slices(xi)
+    assert whole.shape == (2, 3, 6)
+    assert (whole == xi[:, None]).all()
+
+
 def test_experts_start_alike_or_not() -> None:
     for same in (True, False):
         model = MixER(experts=3, context_size=6, same_init=same)
@@ -213,8 +225,42 @@ def test_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(model(times, x0, xi), again(times, x0, xi))
 
 
-def test_context_that_cannot_be_split_is_refused() -> None:
-    with pytest.raises(UserError, match="context_size 7 cannot be split over 3 experts"):
-        MixER(experts=3, context_size=7)
-    with pytest.raises(UserError, match="unknown expert 'lstm'"):
-        MixER(expert="lstm")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts": 3, "context_size": 7}, "context_size 7 cannot be split over 3 experts"),
+        ({"expert": "lstm"}, "unknown expert 'lstm'"),
+        ({"gate": "softmax"}, "unknown gate 'softmax'"),
+        ({"experts": 0}, "experts is 0: give 1 or more"),
+        ({"context_size": 0, "split_context": False}, "context_size is 0: give 1 or more"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MixER(**options)
+
+
+def test_the_wrong_kind_of_expert_is_refused() -> None:
+    """Vector fields have no rollout, sequence experts no trajectories of their own."""
+    times, x0, xi = batch()
+    with pytest.raises(UserError, match="use rollout"):
+        mixer("shplrnn", split=False)(times, x0, xi)
+    with pytest.raises(UserError, match="use rollout"):
+        mixer("shplrnn", split=False).vector_field(x0, xi)
+    with pytest.raises(UserError, match="use forward or vector_field"):
+        mixer("geps").rollout(x0[:, :, None], xi)
+
+
+def test_initialisation_leaves_the_generators_alone() -> None:
+    """Weights depend on the seed only, not on the global generator or the default device; that generator goes on."""
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    one = MixER(seed=4)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        other = MixER(seed=4)
+    assert torch.equal(torch.rand(2), expected)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    weights = one.names.index("root.weight.0")
+    assert not torch.equal(one.stacked[weights], MixER(seed=5).stacked[weights])

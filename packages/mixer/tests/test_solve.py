@@ -71,6 +71,41 @@ def test_adaptive_meets_the_truth_on_own_grids() -> None:
     assert torch.allclose(found, truth(t, x0), atol=1e-6)
 
 
+def test_adaptive_has_the_gradient_of_many_small_steps() -> None:
+    t, x0 = setting(4)
+    grads = []
+    for solve in (
+        lambda x: adaptive(oscillators, t, x, rtol=1e-8, atol=1e-10),
+        lambda x: rk4(oscillators, t, x, substeps=40),
+    ):
+        start = x0.clone().requires_grad_()
+        grads.append(torch.autograd.grad(solve(start)[:, :, 1:].square().sum(), start)[0])
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_one_hard_environment_keeps_its_accuracy_among_many_easy_ones() -> None:
+    """The tolerance holds for the worst trajectory: 200 environments at rest do not loosen it."""
+
+    def field(x: torch.Tensor) -> torch.Tensor:
+        speed = torch.zeros(len(x), 1, dtype=x.dtype)
+        speed[0] = 6.0
+        return torch.stack([x[..., 1], -(speed**2) * x[..., 0]], dim=-1)
+
+    def error(count: int) -> float:
+        t = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64).repeat(count, 1)
+        x0 = torch.zeros(count, 1, 2, dtype=torch.float64)
+        x0[0, 0, 0] = 1.0
+        return abs(adaptive(field, t, x0, rtol=1e-4, atol=1e-6)[0, 0, -1, 0].item() - math.cos(18.0))
+
+    assert error(201) < 1.05 * error(1)
+
+
+def test_adaptive_that_cannot_go_on_says_so() -> None:
+    t, x0 = setting(3)
+    with pytest.raises(UserError, match=r"dopri5 cannot go on between times 0 and 1 .*: lower the learning rate"):
+        adaptive(lambda x: x * float("nan"), t, x0)
+
+
 def test_missing_torchdiffeq_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

@@ -206,6 +206,7 @@ def test_gpu_takes_the_same_step(tmp_path: Path) -> None:
         learner.backward(torch.arange(6, device=accelerator.device), learner.parameters)
         grads.append(torch.cat([p.grad.flatten().cpu() for p in learner.parameters]))
     assert torch.allclose(*grads, rtol=1e-3, atol=1e-5)
+    AcceleratorState._reset_state(reset_partial_state=True)
     config = dataclasses.replace(TINY, precision="bf16", outer_steps=2)
     run = train(config, RunOptions(output_dir=tmp_path / "run", log_every=1))
     assert all(np.isfinite(row["loss"]) for row in run.metrics)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from metazoo.errors import UserError
 
 
 def distances(contexts: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,8 @@ def fit_gate(
     target = torch.nn.functional.one_hot(experts, count).to(contexts.dtype)
     # the problem is tiny; float64 on the CPU has the driver that handles rank deficiency (contexts that coincide)
     x, y = with_bias(contexts + drawn).double().cpu(), target.double().cpu()
-    return torch.linalg.lstsq(x, y, driver="gelsd").solution.to(contexts)
+    weight: torch.Tensor = torch.linalg.lstsq(x, y, driver="gelsd").solution
+    return weight.to(contexts)
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,15 @@ class KMeansLeastSquaresGate:
         self.aborted = 0
 
     def update(self, contexts: torch.Tensor, losses: torch.Tensor) -> GateUpdate:
-        """One refit from contexts Ξ [E, C] and the losses of all experts ℓ [E, M] (steps 2 to 5 of the method)."""
+        """One refit from contexts Ξ [E, C] and the losses of all experts ℓ [E, M] (steps 2 to 5 of the method).
+
+        Raises:
+            UserError: fewer environments than experts, or a context that is not finite.
+        """
+        if len(contexts) < self.experts:
+            raise UserError(f"{self.experts} experts for {len(contexts)} environments: use at most {len(contexts)}")
+        if not bool(torch.isfinite(contexts).all()):
+            raise UserError("contexts are not finite, training has diverged: lower the learning rate of the contexts")
         paper = self.init == "paper"
         centroids = self.centroids
         if centroids is None and paper:

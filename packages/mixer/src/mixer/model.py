@@ -1,7 +1,8 @@
 """Experts (NCF, CoDA, GEPS, hierarchical shallow PLRNN) and MixER, their mixture with one gate on the contexts.
 
 Shapes: E environments, B pairs of an environment and an expert, I trajectories, T times, d states, M experts,
-C context size, c context size that one expert sees (C/M if split, else C), P neighbours, L hidden units.
+C context size, c context size that one expert sees (C/M if split, else C), P neighbours, L hidden units,
+K order of a Taylor expansion.
 
 An expert's ``condition`` does all that depends on the context alone: it gives the weights of a plain network, once per
 solve; the network is then evaluated at every stage of the solver. Weights of the M experts are stacked, and a batch of
@@ -21,6 +22,7 @@ from metazoo.errors import UserError
 from torch import nn
 from torch.func import functional_call, jvp, stack_module_state, vmap
 
+from mixer.modulation import multiplication, relu_series, swish_series
 from mixer.solve import adaptive, rk4
 
 Tensors = tuple[torch.Tensor, ...]
@@ -100,7 +102,7 @@ class CoDAExpert(nn.Module):
     def forward(self, xi: torch.Tensor) -> Weights:
         """Condition on ξ [c]."""
         parts = [*self.root.weight, *self.root.bias, *self.root.beta]
-        moves = (self.hyper @ (xi + self.shift)).split([p.numel() for p in parts])
+        moves = torch.split(self.hyper @ (xi + self.shift), [p.numel() for p in parts])
         moved = [p + move.view(p.shape) for p, move in zip(parts, moves, strict=True)]
         n = len(self.root.weight)
         return tuple(moved[:n]), tuple(moved[n : 2 * n]), tuple(moved[2 * n :])
@@ -167,7 +169,7 @@ class ShallowPLRNNExpert(nn.Module):
     def forward(self, xi: torch.Tensor) -> Tensors:
         """Condition on ξ [c]: A [d, d], W1 [d, L], W2 [L, d], h1 [d], h2 [L], α []."""
         flat = self.hyper @ (xi + self.shift)
-        *parts, alpha = flat.split([math.prod(shape) for shape in self.shapes])
+        *parts, alpha = torch.split(flat, [math.prod(shape) for shape in self.shapes])
         shaped = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=False)]
         return (*shaped, alpha.squeeze(0).clamp(min=self.alpha_min))
 
@@ -206,6 +208,50 @@ def recurrence(weights: Tensors, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(states, dim=2)
 
 
+def field_series(series: Sequence[Weights], active: Sequence[bool]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """:func:`field` for weights that are power series in s, the k-th of ``series`` the coefficient of s^k.
+
+    Returns:
+        A function of states that do not depend on s, x [B, N, d] -> the output's coefficients [B, N, K + 1, d].
+    """
+    matrices = [multiplication([weights[0][i] for weights in series]).mT for i in range(len(active))]
+    biases = [torch.cat([weights[1][i] for weights in series], dim=-1)[:, None] for i in range(len(active))]
+    betas = [[weights[2][i] for weights in series] for i in range(sum(active))]
+    matrices[0] = matrices[0][:, : series[0][0][0].shape[-1]]  # of x only the coefficient of 1 is not 0
+
+    def evaluate(x: torch.Tensor) -> torch.Tensor:
+        swish = iter(betas)
+        for matrix, bias, on in zip(matrices, biases, active, strict=True):
+            x = torch.baddbmm(bias, x, matrix)
+            if on:
+                x = swish_series(x, next(swish))
+        return x.reshape(*x.shape[:-1], len(series), -1)
+
+    return evaluate
+
+
+def recurrence_series(series: Sequence[Tensors]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """:func:`recurrence` for weights that are power series in s: x [B, I, T, d] -> coefficients [B, I, T, K + 1, d]."""
+    alpha = [weights[5] for weights in series]
+    one = torch.eye(series[0][0].shape[-1], dtype=alpha[0].dtype, device=alpha[0].device)
+    keep = multiplication([value[:, None, None] * one for value in alpha]).mT
+    share = torch.stack([1 - alpha[0], *(-value for value in alpha[1:])], dim=1)[:, None, None, :, None]
+    a, w1, w2 = (multiplication([weights[i] for weights in series]).mT for i in range(3))
+    h1, h2 = (torch.cat([weights[i] for weights in series], dim=-1)[:, None] for i in (3, 4))
+
+    def evaluate(x: torch.Tensor) -> torch.Tensor:
+        observed = (share * x[..., None, :]).flatten(-2).unbind(2)
+        z = torch.zeros_like(observed[0])
+        states = []
+        for seen in observed:
+            z = torch.baddbmm(seen, z, keep)
+            z = torch.baddbmm(torch.baddbmm(h1, z, a), relu_series(torch.baddbmm(h2, z, w2), len(series)), w1)
+            states.append(z)
+        return torch.stack(states, dim=2).reshape(*x.shape[:-1], len(series), -1)
+
+    return evaluate
+
+
 class MixER(nn.Module, PyTorchModelHubMixin):
     """dx/dt = f_m(x, ξ_m), m = argmax_j [ξ; 1]ᵀW_j: M experts, and a gate that looks at the context only.
 
@@ -225,7 +271,7 @@ class MixER(nn.Module, PyTorchModelHubMixin):
         seed: of the initialisation.
 
     Raises:
-        UserError: C cannot be split over M experts.
+        UserError: C cannot be split over M experts, a size is below 1, or the expert or the gate is unknown.
     """
 
     def __init__(
@@ -249,6 +295,11 @@ class MixER(nn.Module, PyTorchModelHubMixin):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if gate not in ("least-squares", "gradient"):
+            raise UserError(f"unknown gate {gate!r}: one of least-squares, gradient")
+        for name, size in (("state_size", state_size), ("context_size", context_size), ("experts", experts)):
+            if size < 1:
+                raise UserError(f"{name} is {size}: give 1 or more")
         if split_context and context_size % experts:
             raise UserError(f"context_size {context_size} cannot be split over {experts} experts: make it a multiple")
         self.state_size, self.context_size, self.experts = state_size, context_size, experts
@@ -266,24 +317,26 @@ class MixER(nn.Module, PyTorchModelHubMixin):
                 return ShallowPLRNNExpert(state_size, c, hidden, alpha_min, shift_context)
             raise UserError(f"unknown expert {expert!r}: one of geps, coda, ncf, shplrnn")
 
-        with torch.random.fork_rng(devices=[]):
+        # on the CPU and from its generator alone: the same weights on every device, whose generators are left alone
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             made = []
             for m in range(experts):
-                torch.manual_seed(seed if same_init else seed * 1_000_003 + m)
+                torch.default_generator.manual_seed(seed if same_init else seed * 1_000_003 + m)
                 made.append(make())
-            torch.manual_seed(seed + 1)
+            torch.default_generator.manual_seed(seed + 1)
             bound = (context_size + 1) ** -0.5
             self.gate_weight = _uniform(context_size + 1, experts, bound=bound)  # W
         self.gate_weight.requires_grad_(gate == "gradient")
         trained = {name for name, p in made[0].named_parameters() if p.requires_grad}
-        stacked, _ = stack_module_state(made)  # type: ignore[arg-type]
+        stacked, _ = stack_module_state(made)
         self.names = tuple(stacked)
         self.stacked = nn.ParameterList(
             [nn.Parameter(stacked[name].detach(), requires_grad=name in trained) for name in self.names]
         )
         # the structure of one expert, without weights; in a tuple, so that it is no sub-module
         self.structure = (made[0].to("meta"),)
-        self.active = () if expert == "shplrnn" else cast("tuple[bool, ...]", made[0].active)
+        self.recurrent = expert == "shplrnn"
+        self.active = () if self.recurrent else cast("tuple[bool, ...]", made[0].active)
 
     def slices(self, xi: torch.Tensor) -> torch.Tensor:
         """What each expert sees of the contexts: [B, C] -> [B, M, c]."""
@@ -323,13 +376,13 @@ class MixER(nn.Module, PyTorchModelHubMixin):
         Args:
             expert: expert of each pair [B]; None leaves it to the gate.
             neighbours: contexts that a Taylor expansion of order ``taylor_order`` is taken around; their gate chooses
-                the expert, as in the released code.
+                the expert, as in the released code. Order 0 does not look at them.
+
+        Raises:
+            UserError: the experts are sequence to sequence.
         """
-        if neighbours is None or taylor_order == 0:
-            return self._network(xi, expert, field)(x)
-        b, p, _ = neighbours.shape
-        expanded = self._expanded(xi, expert, neighbours, taylor_order, field)
-        return expanded(x.repeat_interleave(p, 0)).unflatten(0, (b, p))
+        self._require_field(True)
+        return self._evaluate(x, xi, expert, neighbours, taylor_order)
 
     def forward(
         self,
@@ -346,15 +399,19 @@ class MixER(nn.Module, PyTorchModelHubMixin):
         """Solve from x0 [B, I, d] at times t [B, T] -> [B, I, T, d], or [B, P, I, T, d] with neighbours.
 
         Args: as :meth:`vector_field`; ``substeps`` of RK4 between two samples, or an adaptive ``solver``.
+
+        Raises:
+            UserError: the experts are sequence to sequence.
         """
+        self._require_field(True)
         around = neighbours if taylor_order else None
         if around is None:
-            network = self._network(xi, expert, field)
+            network = self._network(xi, expert)
         else:
-            network = self._expanded(xi, expert, around, taylor_order, field)
+            network = self._expanded(xi, expert, around, taylor_order)
             t, x0 = (tensor.repeat_interleave(around.shape[1], 0) for tensor in (t, x0))
         solved = rk4(network, t, x0, substeps) if solver == "rk4" else adaptive(network, t, x0, method=solver)
-        return solved if around is None else solved.unflatten(0, around.shape[:2])
+        return solved if around is None else solved.view(*around.shape[:2], *solved.shape[1:])
 
     def rollout(
         self,
@@ -365,96 +422,88 @@ class MixER(nn.Module, PyTorchModelHubMixin):
         neighbours: torch.Tensor | None = None,
         taylor_order: int = 0,
     ) -> torch.Tensor:
-        """Sequence to sequence (shplrnn): x [B, I, T, d] -> [B, I, T, d], or [B, P, I, T, d] with neighbours."""
+        """Sequence to sequence (shplrnn): x [B, I, T, d] -> [B, I, T, d], or [B, P, I, T, d] with neighbours.
 
-        def network(weights: Any, active: Sequence[bool], x: torch.Tensor) -> torch.Tensor:
-            return recurrence(weights, x)
+        Raises:
+            UserError: the experts are vector fields.
+        """
+        self._require_field(False)
+        return self._evaluate(x, xi, expert, neighbours, taylor_order)
 
+    def _require_field(self, wanted: bool) -> None:
+        if self.recurrent == wanted:
+            raise UserError(
+                "the experts map sequences to sequences: use rollout"
+                if wanted
+                else "the experts are vector fields: use forward or vector_field"
+            )
+
+    def _evaluate(
+        self,
+        x: torch.Tensor,
+        xi: torch.Tensor,
+        expert: torch.Tensor | None,
+        neighbours: torch.Tensor | None,
+        taylor_order: int,
+    ) -> torch.Tensor:
         if neighbours is None or taylor_order == 0:
-            return self._network(xi, expert, network)(x)
+            return self._network(xi, expert)(x)
         b, p, _ = neighbours.shape
-        expanded = self._expanded(xi, expert, neighbours, taylor_order, network)
-        return expanded(x.repeat_interleave(p, 0)).unflatten(0, (b, p))
+        out = self._expanded(xi, expert, neighbours, taylor_order)(x.repeat_interleave(p, 0))
+        return out.view(b, p, *out.shape[1:])
 
-    def _network(
-        self, xi: torch.Tensor, expert: torch.Tensor | None, network: Callable[..., torch.Tensor]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _network(self, xi: torch.Tensor, expert: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
         """The chosen experts as a function of the state, conditioned once."""
         chosen = self.route(xi) if expert is None else expert
         weights = self.condition(xi, chosen)
+
+        def evaluate(x: torch.Tensor) -> torch.Tensor:
+            return recurrence(weights, x) if self.recurrent else field(weights, self.active, x)
+
         if self.gate == "least-squares" or expert is not None:
-            return lambda x: network(weights, self.active, x)
+            return evaluate
         gate = self._gate_value(xi, chosen)
-        return lambda x: _times(gate, network(weights, self.active, x))
+        return lambda x: gate.view(-1, *[1] * (x.ndim - 1)) * evaluate(x)
 
     def _gate_value(self, xi: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return self.gate_probabilities(xi).gather(1, chosen[:, None]).squeeze(1)
 
     def _expanded(
-        self,
-        xi: torch.Tensor,
-        expert: torch.Tensor | None,
-        neighbours: torch.Tensor,
-        order: int,
-        network: Callable[..., torch.Tensor],
+        self, xi: torch.Tensor, expert: torch.Tensor | None, neighbours: torch.Tensor, order: int
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The Taylor expansion of the chosen experts about each neighbour [B·P].
 
-        Along ζ(s) = ξ' + s(ξ − ξ') the expansion of order k at ξ is the Taylor polynomial of s ↦ f(ζ(s)) at s = 1, so
-        the conditioning and its derivatives along s are taken once and every evaluation differentiates in s alone;
-        :func:`mixer.modulation.taylor` is the same, evaluation by evaluation.
+        Along ζ(s) = ξ' + s(ξ − ξ') the expansion of order K at ξ is the Taylor polynomial of s ↦ f(ζ(s)) at s = 1.
+        Conditioning gives the weights' own coefficients in s by forward-mode products, once; an evaluation multiplies
+        truncated power series. :func:`mixer.modulation.taylor` is the same with products at every evaluation.
         """
+        if order not in (1, 2):
+            raise UserError(f"taylor_order is {order}: give 0, 1 or 2")
         p = neighbours.shape[1]
         around = neighbours.flatten(0, 1)
         own = xi.repeat_interleave(p, 0)
         chosen = self.route(around) if expert is None else expert.repeat_interleave(p, 0)
         multiply = self.gate == "gradient" and expert is None
-
-        def conditioned(s: torch.Tensor) -> Any:
-            zeta = around + s * (own - around)
-            return self.condition(zeta, chosen), self._gate_value(zeta, chosen) if multiply else None
-
-        def drop_none(s: torch.Tensor) -> Any:
-            weights, gate = conditioned(s)
-            return (weights, gate) if gate is not None else (weights,)
-
         zero = torch.zeros((), dtype=xi.dtype, device=xi.device)
         one = torch.ones_like(zero)
 
-        def first(s: torch.Tensor) -> Any:
-            return jvp(drop_none, (s,), (one,))[1]
+        def conditioned(s: torch.Tensor) -> Any:
+            zeta = around + s * (own - around)
+            gate = (self._gate_value(zeta, chosen),) if multiply else ()
+            return self.condition(zeta, chosen), gate
 
-        values, slopes = jvp(drop_none, (zero,), (one,))
-        curves = jvp(first, (zero,), (one,))[1] if order == 2 else None
+        def with_slope(s: torch.Tensor) -> Any:
+            return jvp(conditioned, (s,), (one,))
 
-        def along(s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            at = _combine(values, slopes, curves, s)
-            out = network(at[0], self.active, x)
-            return _times(at[1], out) if multiply else out
-
-        def evaluate(x: torch.Tensor) -> torch.Tensor:
-            def slope(s: torch.Tensor) -> torch.Tensor:
-                return jvp(lambda u: along(u, x), (s,), (one,))[1]
-
-            value, gradient = jvp(lambda u: along(u, x), (zero,), (one,))
-            if order == 1:
-                return value + gradient
-            return value + gradient + 0.5 * jvp(slope, (zero,), (one,))[1]
-
-        return evaluate
-
-
-def _times(gate: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Multiply each pair's output by its gate value: [B], [B, …] -> [B, …]."""
-    return gate.view(-1, *[1] * (out.ndim - 1)) * out
-
-
-def _combine(values: Any, slopes: Any, curves: Any, s: torch.Tensor) -> Any:
-    """values + s·slopes + s²/2·curves, through nested tuples."""
-    if isinstance(values, tuple):
-        return tuple(
-            _combine(value, slope, None if curves is None else curves[i], s)
-            for i, (value, slope) in enumerate(zip(values, slopes, strict=True))
-        )
-    moved = values + s * slopes
-    return moved if curves is None else moved + 0.5 * s.square() * curves
+        if order == 1:
+            coefficients = cast("tuple[Any, ...]", with_slope(zero))
+        else:  # a tangent of ½ turns the second derivative into the coefficient of s²
+            first, (_, last) = cast("Any", jvp(with_slope, (zero,), (one / 2,)))
+            coefficients = (*first, last)
+        series = [weights for weights, _ in coefficients]
+        evaluate = recurrence_series(series) if self.recurrent else field_series(series, self.active)
+        if not multiply:
+            return lambda x: evaluate(x).sum(-2)
+        # Σ_k Σ_{i+j=k} g_i y_j at s = 1, cut at s^K: y_j is multiplied by g_0 + … + g_{K−j}
+        factors = torch.stack([gate for _, (gate,) in coefficients], dim=1).cumsum(1).flip(1)
+        return lambda x: (factors.view(len(own), *[1] * (x.ndim - 2), -1, 1) * evaluate(x)).sum(-2)

@@ -53,7 +53,8 @@ def adaptive(
     """Adaptive solver of torchdiffeq, segment by segment, so that every environment keeps its own times.
 
     Between samples k and k + 1 time runs as t = t_k + s·(t_{k+1} − t_k), s in [0, 1], in each environment; the step
-    sizes in s are common. The defaults are the tolerances of the released code.
+    sizes in s are common, small enough for the trajectory with the largest error (torchdiffeq's own norm would average
+    it away among many). The defaults are the tolerances of the released code.
 
     Args:
         field, t, x0: as in :func:`rk4`.
@@ -64,7 +65,7 @@ def adaptive(
         States at the samples [B, I, T, d].
 
     Raises:
-        UserError: torchdiffeq is not installed.
+        UserError: torchdiffeq is not installed, or the step size became 0 (a state that is not finite, or stiffness).
     """
     try:
         from torchdiffeq import odeint
@@ -72,14 +73,24 @@ def adaptive(
         raise UserError("--solver dopri5 needs torchdiffeq: install metazoo-mixer[adaptive], or use rk4") from error
     ends = torch.tensor([0.0, 1.0], dtype=t.dtype, device=t.device)
     x, states = x0, [x0]
-    for length in t.diff(dim=1)[:, :, None, None].unbind(1):
+    for k, length in enumerate(t.diff(dim=1)[:, :, None, None].unbind(1)):
 
         def scaled(s: torch.Tensor, x: torch.Tensor, length: torch.Tensor = length) -> torch.Tensor:
             return length * field(x)
 
-        x = odeint(scaled, x, ends, rtol=rtol, atol=atol, method=method)[-1]
+        try:
+            x = odeint(scaled, x, ends, rtol=rtol, atol=atol, method=method, options={"norm": _largest})[-1]
+        except AssertionError as error:  # how torchdiffeq says it
+            raise UserError(
+                f"{method} cannot go on between times {k} and {k + 1} ({error}): lower the learning rate, or use rk4"
+            ) from error
         states.append(x)
     return torch.stack(states, dim=2)
+
+
+def _largest(error: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the worst trajectory: [B, I, d] -> []."""
+    return error.detach().square().mean(-1).amax().sqrt()
 
 
 def derivatives(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
