@@ -11,11 +11,12 @@ import importlib
 import importlib.metadata
 import io
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -117,14 +118,15 @@ def parse(cls: Any, args: Sequence[str], *, prog: str, default: Any = None) -> A
     kwargs = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, args=list(args), prog=prog, **kwargs)
+            return tyro.cli(cls, args=list(args), prog=prog, config=(tyro.conf.OmitArgPrefixes,), **kwargs)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         lines = [line.strip("│╭╮╰╯─ \n") for line in printed.getvalue().splitlines()]
         first = lines[1:]  # the first line is the box's title
         message = " ".join(first[: first.index("")] if "" in first else first) or "cannot read the arguments"
-        raise UserError(f"{message}; see {prog} --help") from None
+        refused = re.fullmatch(r"Error parsing [\w.]+: (--.*)", message)  # by the dataclass, which says all
+        raise UserError(refused[1] if refused else f"{message}; see {prog} --help") from None
 
 
 def _train(name: str, module: str, rest: list[str]) -> None:
@@ -133,12 +135,11 @@ def _train(name: str, module: str, rest: list[str]) -> None:
     if preset not in presets:
         raise UserError(f"unknown preset {preset!r}: one of {', '.join(presets)}")
     default = presets[preset]
-    flat = tyro.conf.arg(prefix_name=False)
     both = dataclasses.make_dataclass(
         "train",
         [
-            ("config", Annotated[type(default), flat], dataclasses.field(default=default)),
-            ("run", Annotated[RunOptions, flat], dataclasses.field(default=RunOptions())),
+            ("config", type(default), dataclasses.field(default=default)),
+            ("run", RunOptions, dataclasses.field(default=RunOptions())),
         ],
     )
     both.__doc__ = f"Train with the preset {preset}. Presets: {', '.join(presets)}."

@@ -167,7 +167,7 @@ def _die_before_rename() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, target)
 
-    Path.rename = rename  # type: ignore[method-assign]
+    Path.rename = rename  # type: ignore[assignment, method-assign]
 
 
 def killed_before_rename(training: Training, tmp: Path) -> None:
@@ -214,7 +214,7 @@ def damaged_checkpoints(training: Training, tmp: Path) -> None:
     child = Child(training, half)
     child.wait_for_row(12)
     child.kill()
-    damages = {"truncated": _truncate, "flipped": _flip, "gone": Path.unlink}
+    damages: dict[str, Callable[[Path], None]] = {"truncated": _truncate, "flipped": _flip, "gone": Path.unlink}
     for name, damage in damages.items():
         for file in ("state.safetensors", "state.json"):
             folder = tmp / f"{name}-{file}"

@@ -118,7 +118,7 @@ class Config:
         if self.split_context and self.context_size % self.experts:
             raise UserError(
                 f"--context-size {self.context_size} cannot be split over --experts {self.experts}: make it a "
-                "multiple, or use --split-context False"
+                "multiple, or use --no-split-context"
             )
         if self.expert == "shplrnn" and self.objective == "derivative":
             raise UserError("--objective derivative needs a vector field: use --expert ncf, coda or geps")
