@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from mixer.data import Environments
@@ -46,6 +47,7 @@ def gate_map(
         extent=(0, last, routes.shape[1] - 0.5, -0.5),
     )  # fmt: skip
     axes.set(title=title, xlabel="inner step", ylabel="environment")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if family is not None:
         for edge in np.flatnonzero(np.diff(family)) + 0.5:
             axes.axhline(edge, color="white", linewidth=2)
