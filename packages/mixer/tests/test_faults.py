@@ -12,7 +12,7 @@ TINY = Config(
     dataset="odebench-4", every=20, experts=4, context_size=8, width=8, depth=2, contributors=3, outer_steps=4,
     inner_steps=(3, 3), gate_every=2, crop=0.7,
 )  # fmt: skip
-MIXER = testing.Training("mixer.train:train", TINY)
+MIXER = testing.Training("mixer.train:train", TINY, preload=("mixer.plots", "matplotlib.backends.backend_agg"))
 
 
 def test_killed_anywhere(tmp_path: Path) -> None:

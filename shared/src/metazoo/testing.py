@@ -35,12 +35,14 @@ WAIT = 120.0  # seconds until a child counts as hung
 
 @dataclass(frozen=True)
 class Training:
-    """How a test trains: "module:function" of (config, RunOptions), a tiny config, rows and checkpoints."""
+    """How a test trains: "module:function" of (config, RunOptions), a tiny config, rows and checkpoints; ``preload``
+    names modules that training imports late, so that the children find them imported."""
 
     target: str
     config: Any
     log_every: int = 1
     checkpoint_every: int = 5
+    preload: tuple[str, ...] = ()
 
     def options(self, folder: Path, *, resume: bool = False) -> RunOptions:
         return RunOptions(
@@ -79,7 +81,9 @@ class Child:
         self, training: Training, folder: Path, *, resume: bool = False, before: Callable[[], None] | None = None
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch._dynamo", "metazoo.loop", training.target.split(":")[0]])
+        context.set_forkserver_preload(
+            ["torch", "torch._dynamo", "metazoo.loop", training.target.split(":")[0], *training.preload]
+        )
         self.errors = folder.parent / f"{folder.name}.stderr"
         self.folder = folder
         self.process = context.Process(
