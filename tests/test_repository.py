@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 # written so that they do not find themselves
-REGISTRIES = re.compile(r"\b(?:pypi|pythonhosted|download\.pytorch|anaconda|npmjs)[.](?:org|com)\b")
+REGISTRIES = re.compile(r"\b(?:py(?:pi|thon[h]osted)|download[.]pytor[c]h|npm[j]s)[.](?:org|com)\b|index-[u]rl")
 MACHINES = re.compile(r"(?<![\w.~])/(?:home|Users|root|work|mnt|opt)/\w|\b[A-Z]:\\\\?Users")
 
 
