@@ -239,7 +239,7 @@ def test_every_kind_trains(changes: dict[str, Any], tmp_path: Path) -> None:
 def test_inputs_outside_the_range_are_told(tmp_path: Path) -> None:
     """B-splines that end at 0.1: a warning with layer and share, and the share among the metrics."""
     run = trained(tmp_path, basis="bspline", norm="none", input_range=(-0.1, 0.1), epochs=1, finetune_epochs=0)
-    with pytest.warns(UserWarning, match=r"% of the inputs of layers\.0 leave the range"):
+    with pytest.warns(UserWarning, match=r"% of the inputs of layers\.0, .* leave the range of the basis"):
         found = evaluate(run, EvaluateOptions(plots=False))
     assert found["outside_layers.0"] > 0.5
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from metazoo.errors import UserError
 from torch import nn
 
 from metacluster import baselines, data
+from metacluster.bits import bits_for
 from metacluster.clustering import kmeans
 from metacluster.config import Config, EvaluateOptions
 from metacluster.edges import ClusteredEdges, DirectEdges
@@ -82,7 +82,7 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
         Also written to evaluation.json in the run folder, with plots.
 
     Warns:
-        UserWarning: more than 1 % of a layer's inputs leave the range of its B-splines or radial functions.
+        UserWarning: more than 5 % of a layer's inputs leave the range of its B-splines or radial functions.
 
     Raises:
         UserError: not a run folder, an unfinished run, or no good checkpoint.
@@ -102,7 +102,7 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
         device = next(run.model.parameters()).device
         shares = outside_shares(run.model, inputs_of(config, dataset.x_test[:BATCH]).to(device))
         found |= {f"outside_{name}": share for name, share in shares.items() if share > 0}
-        far = [f"{100 * share:.1f} % of the inputs of {name}" for name, share in shares.items() if share > 0.01]
+        far = [f"{100 * share:.1f} % of the inputs of {name}" for name, share in shares.items() if share > 0.05]
         if far:
             warnings.warn(
                 f"{', '.join(far)} leave the range of the basis, where an edge has nothing but its base term: widen "
@@ -200,5 +200,5 @@ def compare(run: Run) -> dict[str, float]:
 
 def _by_kmeans(vectors: torch.Tensor, k: int, seed: int) -> baselines.Compressed:
     found = kmeans(vectors, k, seed=seed)
-    bits = len(vectors) * max(1, math.ceil(math.log2(k))) + 32 * found.codebook.numel()
+    bits = len(vectors) * bits_for(k) + 32 * found.codebook.numel()
     return baselines.Compressed(found.codebook[found.assignment], bits)
