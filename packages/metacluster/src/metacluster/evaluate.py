@@ -31,7 +31,7 @@ def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    outputs = torch.cat([model(part.to(device)).float().cpu() for part in x.split(BATCH)])
+    outputs = torch.cat([model(part.to(device)).cpu() for part in x.split(BATCH)])
     model.train(was_training)
     return outputs
 

@@ -25,7 +25,7 @@ from metacluster import bases
 from metacluster.bases import Basis, BSpline, GaussianRBF
 from metacluster.edges import ClusteredEdges, DirectEdges, Edges
 
-BLOCK = 1 << 18  # numbers of a clustered layer's weights that exist at once
+BLOCK = 1 << 19  # numbers of a clustered layer's weights that exist at once
 
 
 class _Layer(nn.Module):
@@ -128,21 +128,21 @@ class KANLinear(_Layer):
         """The same from the codebook and packed indices, a block of outputs at a time; no gradient."""
         inputs = x if self.norm is None else self.norm(x)
         spline, base = self.effective(edges.codebook)
-        table = 3 * len(edges.codebook) <= self.out_features and x.dtype == torch.float32
-        if table and not torch.is_autocast_enabled(x.device.type):
+        many = 8 * len(edges.codebook) <= self.out_features and len(x) >= 32
+        if many and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             return self._by_table(x, inputs, edges, spline, base)
         features = self.basis(inputs).flatten(1)  # [B, I·G]
         activated = F.silu(x)
-        y = x.new_empty(len(x), self.out_features)
         step = max(1, BLOCK // (self.in_features * self.basis.size))
+        parts = []
         for first in range(0, self.out_features, step):
             last = min(first + step, self.out_features)
             chosen = edges.indices(first * self.in_features, last * self.in_features)
             part = F.linear(features, F.embedding(chosen, spline).view(last - first, -1))
             if base is not None:
-                part = part + F.linear(activated, base.index_select(0, chosen).view(last - first, -1))
-            y[:, first:last] = part
-        return y
+                part += F.linear(activated, base.index_select(0, chosen).view(last - first, -1))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _by_table(
         self,
