@@ -1,7 +1,7 @@
-"""Milliseconds of a layer's training step and of inference from the compressed form, bytes held, and seconds of K-means.
+"""Milliseconds of a layer's training step, and of inference from the compressed form; bytes held; seconds of K-means.
 
-`naive` is the same layer with Cox and de Boor's recursion in ordinary autograd; `matmul` the matrix products alone, which
-bind at large batches. What is compared takes turns, so that a busy machine slows all alike.
+`naive` is the same layer with Cox and de Boor's recursion in ordinary autograd; `matmul` the matrix products alone,
+which bind at large batches. What is compared takes turns, so that a busy machine slows all alike.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Config:
     target: str | None = None
     """Column of your own .csv to predict [default: the last one]."""
     task: Literal["auto", "classification", "regression"] = "auto"
-    """Of your own file; auto: text and whole numbers are classes, other numbers are regressed."""
+    """Of your own file; auto: text, and up to 20 distinct whole numbers, are classes; others are regressed."""
     dimension: int = 10
     """Number of variables d of the generated equations."""
     train_size: int | None = None

@@ -23,6 +23,7 @@ from metazoo.errors import UserError
 
 from metacluster.config import Config
 
+MOST_CLASSES = 20  # more distinct whole numbers are a quantity
 GENERATED = ("exp-sine", "sine-sum")
 
 
@@ -102,7 +103,7 @@ def _scaled(images: np.ndarray) -> torch.Tensor:
 
 
 def _classes(labels: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+    return torch.from_numpy(np.array(labels, dtype=np.int64))
 
 
 def _mnist14() -> Dataset:
@@ -155,8 +156,11 @@ def _parquet_images(name: str, data_dir: str | None) -> Dataset:
     kind = IMAGES[name]
     try:
         paths = _both(name, ("train.parquet", "test.parquet"), data_dir)
-    except UserError:
-        paths = _both(name, kind.files, data_dir, hub_id=kind.hub)
+    except UserError as local:
+        try:
+            paths = _both(name, kind.files, data_dir, hub_id=kind.hub)
+        except UserError as error:
+            raise UserError(f"{local}; {error}") from error
     (x_train, y_train), (x_test, y_test) = (_read_parquet(path, kind) for path in paths)
     names = tuple(map(str, range(kind.classes)))
     return Dataset(name, _scaled(x_train), _classes(y_train), _scaled(x_test), _classes(y_test), names, kind.shape)
@@ -312,7 +316,8 @@ def from_arrays(
 
     Args:
         x: [N, columns], scaled to [−1, 1] by the training columns' least and greatest; or images [N, C, height, width],
-            taken as they are (uint8 are scaled). y: [N]. task: auto takes text and whole numbers as classes.
+            taken as they are (uint8 are scaled). y: [N]. task: auto takes text, and up to 20 distinct whole numbers, as
+            classes.
 
     Raises:
         UserError: shapes that do not fit, NaN, one class only, a class that the training part lacks.
@@ -331,7 +336,8 @@ def from_arrays(
     if numeric:
         check_finite(y, f"{name}, y")
     whole = numeric and bool((y == np.round(y)).all())
-    kind = task if task != "auto" else ("classification" if not numeric or whole else "regression")
+    few = len(np.unique(y)) <= MOST_CLASSES
+    kind = task if task != "auto" else ("classification" if not numeric or (whole and few) else "regression")
     if kind == "regression" and not numeric:
         raise UserError(f"{name}: the target {y[0]!r} is text, which cannot be regressed: use --task classification")
     if kind == "classification" and whole:
