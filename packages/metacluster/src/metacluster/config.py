@@ -183,7 +183,7 @@ PRESETS: dict[str, Config] = {
     "paper": _FC,
     "paper-conv4": _CONV,
     "paper-conv8": replace(
-        _CONV, channels=(2, 64, 128, 512, 1024, 1024, 1024, 1024), strides=(1, 2, 2, 1, 1, 2, 1, 1)
+        _CONV, channels=(32, 64, 128, 512, 1024, 1024, 1024, 1024), strides=(1, 2, 2, 1, 1, 2, 1, 1)
     ),
     "equation": Config(
         dataset="exp-sine", dimension=100, hidden=(32,), basis="bspline", norm="none", input_range=(-2.0, 2.0),

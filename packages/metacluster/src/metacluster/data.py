@@ -157,6 +157,8 @@ def _parquet_images(name: str, data_dir: str | None) -> Dataset:
     try:
         paths = _both(name, ("train.parquet", "test.parquet"), data_dir)
     except UserError as local:
+        if data_dir is not None and not Path(data_dir).is_dir():
+            raise
         try:
             paths = _both(name, kind.files, data_dir, hub_id=kind.hub)
         except UserError as error:

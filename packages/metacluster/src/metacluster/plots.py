@@ -146,7 +146,7 @@ def against_k(run: Run, path: Path) -> None:
     for i, name in enumerate(layers):
         values = [max(row[name], 1e-6) for row in found]
         left.plot(ks, values, marker="o", markersize=3, color=COLOURS[i % len(COLOURS)], label=name)
-    left.set(xscale="log", yscale="log", xlabel="K", ylabel="within-cluster / total variance")
+    left.set(yscale="log", xlabel="K", ylabel="within-cluster / total variance")
     left.legend(fontsize=8)
     scores = [score(compress(run.model, k, seed=run.config.seed), run.config, run.dataset) for k in ks]
     (metric,) = scores[0]
@@ -154,9 +154,10 @@ def against_k(run: Run, path: Path) -> None:
     (before,) = score(run.model, run.config, run.dataset).values()
     right.axhline(before, color=COLOURS[0], linestyle="--", label="before clustering")
     unit = "%" if metric == "accuracy" else "standard deviations of the target"
-    right.set(xscale="log", xlabel="K", ylabel=f"test {metric}, {unit}")
+    right.set(xlabel="K", ylabel=f"test {metric}, {unit}")
     right.legend(fontsize=8)
     for axes in (left, right):
+        axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
     _save(figure, path)
 
@@ -189,9 +190,10 @@ def compression(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], p
             linestyle="", label=name,
         )  # fmt: skip
     axes.set(
-        xscale="log", xlabel="compression factor of the coefficients",
+        xlabel="compression factor of the coefficients",
         ylabel="test accuracy, % (mean; least to greatest of the seeds)",
     )  # fmt: skip
+    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
