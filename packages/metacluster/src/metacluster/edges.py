@@ -32,7 +32,7 @@ class MetaLearner(nn.Module):
         self.out = nn.Linear(d_hidden, size)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.out(self.hidden(z).relu())  # type: ignore[no-any-return]
+        return self.out(self.hidden(z).relu_())  # type: ignore[no-any-return]
 
 
 class MetaEdges(nn.Module):

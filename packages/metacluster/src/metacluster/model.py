@@ -236,18 +236,23 @@ class KANConv2d(_Layer):
         return F.conv2d(maps, weight, None, self.stride, self.padding, self.dilation, groups)
 
     def _kernels(self, vectors: torch.Tensor, out_channels: int) -> torch.Tensor:
-        """Vectors [E', W] of some whole output channels -> kernels [O', (I/groups)·(G + base), kh, kw]."""
+        """Vectors [E', W] of some whole output channels -> kernels [O', (G + base)·(I/groups), kh, kw]."""
         spline, base = self.effective(vectors)
         parts = spline if base is None else torch.cat([spline, base.unsqueeze(-1)], -1)
         shape = (out_channels, self.in_channels // self.groups, *self.kernel_size, parts.shape[-1])
-        return parts.view(shape).permute(0, 1, 4, 2, 3).flatten(1, 2)
+        return parts.view(shape).permute(0, 2, 3, 4, 1).flatten(3).permute(0, 3, 1, 2)
 
     def _maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Basis functions and SiLU of each channel: [B, I·(G + base), height, width], channel by channel."""
-        maps = self.basis(x, dim=2)
+        """Basis functions and SiLU of each channel: [B, groups·(G + base)·(I/groups), height, width].
+
+        Channels are last in memory: on a CPU the convolution and its gradient then take half to three quarters of
+        the time.
+        """
+        pixels = x.permute(0, 2, 3, 1).contiguous().unflatten(3, (self.groups, -1))
+        maps = self.basis(pixels, dim=-2)
         if self.base:
-            maps = torch.cat([maps, F.silu(x).unsqueeze(2)], 2)
-        return maps.flatten(1, 2)  # type: ignore[no-any-return]
+            maps = torch.cat([maps, F.silu(pixels).unsqueeze(-2)], -2)
+        return maps.flatten(3).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
     def _dense(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         return self._convolve(self._maps(x), self._kernels(vectors, self.out_channels), self.groups)
