@@ -1,8 +1,10 @@
-"""MetaCluster's claims as code. Margins and seeds were set from the paper's statements before anything was measured.
+"""MetaCluster's claims as code. Margins and seeds were set before these data were measured: from the paper's
+statements, and where it gives no figure from a pilot on other data (Kuzushiji digits).
 
-The accuracies of the paper's tables are not known to this package ("not stated" below). Learning rates of the small
-arms were chosen with as many trials for each, at a seed that is not among the measured, on examples held out of the
-training set (benchmarks/tuning.py, results/bench/tuning.json); those of the paper's arms are the ancestor's.
+The accuracies of the paper's tables are not known to this package ("not stated" below). `tuning` counts the trials of
+the small arms: benchmarks/tuning.py, results/bench/tuning.json, at a seed that is not among the measured, on examples
+held out of the training set. Arms with 0 trials take the settings of the arm that they vary. The paper's arms are not
+tuned: the ancestor's rates for the meta-learner, common ones of AdamW for direct KANs and the MLP.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _MLP = replace(mlp_of_equal_storage(_META, 61_952, 196, 10), epochs=29, lr=3e-3)
 
 # The whole of MNIST at 28 x 28, 784-64-10.
 _FULL = replace(_META, dataset="mnist", epochs=15)
-_FULL_DIRECT = replace(_FULL, edges="direct", lr=3e-3, finetune_lr=1e-2)
+_FULL_DIRECT = replace(_FULL, edges="direct", epochs=19, lr=3e-3, finetune_epochs=0)  # as many epochs, none compressed
 
 # A function of 100 variables, KAN 100-32-1 of B-splines.
 _EQUATION = PRESETS["equation"]
@@ -175,7 +177,7 @@ CLAIMS: tuple[Claim, ...] = (
         margin=0.0,
         tolerance=1.5,
         seeds=10,
-        tuning={"metacluster": 8, "naive": 8, "k4": 8, "k64": 8},
+        tuning={"metacluster": 8, "naive": 8, "k4": 0, "k64": 0},
         also=("before", "clustered", "finetuned", "factor_of_coefficients"),
     ),
     Claim(
@@ -244,7 +246,7 @@ CLAIMS: tuple[Claim, ...] = (
         metric="deployed",
         arms={
             "small": {"metacluster": _FULL, "kan": _FULL_DIRECT},
-            "paper": {"metacluster": _PAPER, "kan": _PAPER_DIRECT},
+            "paper": {"metacluster": _PAPER, "kan": replace(_PAPER_DIRECT, epochs=110, finetune_epochs=0)},
         },
         measure=measure,
         treatment="metacluster",
@@ -252,14 +254,14 @@ CLAIMS: tuple[Claim, ...] = (
         margin=-0.5,
         seeds=5,
         chance=10.0,
-        tuning={"metacluster": 0, "kan": 0},
+        tuning={"metacluster": 8, "kan": 8},
         also=("before", "clustered", "finetuned", "factor_of_coefficients"),
     ),
     Claim(
         name="file-size",
         version=1,
         source="Section 3.3, compression factor",
-        statement="The compressed file is at least 60 times smaller than the coefficients in float32",
+        statement="model.safetensors, header included, is at least 60 times smaller than the coefficients in float32",
         paper="up to 80 times (K = 16, 10 numbers an edge)",
         metric="file_factor",
         arms={"small": {"metacluster": _META}, "paper": {"metacluster": replace(_PAPER, hidden=(512,))}},
@@ -276,7 +278,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="equation-symmetric",
         version=1,
         source="Equation modelling (version 2 of the paper)",
-        statement="exp(mean sin^2(pi x/2)) of 100 variables, K = 4: error at most 1.1 times the uncompressed one",
+        statement="exp(mean sin^2(pi x/2)) of 100 variables, 106 times smaller (K = 4): at most 1.1 times the error",
         paper="124.1 times fewer parameters without impacting performance",
         metric="rmse_ratio",
         arms={
@@ -294,7 +296,7 @@ CLAIMS: tuple[Claim, ...] = (
         better="less",
         margin=1.1,
         seeds=10,
-        tuning={"metacluster": 8, "naive": 8, "k16": 8, "k64": 8, "d10": 8},
+        tuning={"metacluster": 8, "naive": 8, "k16": 0, "k64": 0, "d10": 0},
         also=("before", "clustered", "finetuned", "factor_of_coefficients"),
     ),
     Claim(
@@ -320,14 +322,14 @@ CLAIMS: tuple[Claim, ...] = (
         margin=1.0,
         seeds=10,
         chance=1.0,
-        tuning={"metacluster": 8, "naive": 8, "k4": 8, "k64": 8, "d10": 8},
+        tuning={"metacluster": 8, "naive": 8, "k4": 0, "k64": 0, "d10": 0},
         also=("before", "clustered", "rmse_ratio", "factor_of_coefficients"),
     ),
     Claim(
         name="conv-no-loss",
         version=1,
         source="CIFAR-10 table, ConvKAN with Gram polynomials",
-        statement="A ConvKAN on CIFAR-10 at K = 256 is within 1.5 points of its own uncompressed network",
+        statement="A ConvKAN on CIFAR-10 at K = 256 is at most 1.5 points below its own uncompressed network",
         paper="no loss in accuracy",
         metric="change_by_compression",
         arms={
@@ -338,10 +340,9 @@ CLAIMS: tuple[Claim, ...] = (
         treatment="metacluster",
         baseline=None,
         compare="value",
-        margin=0.0,
-        tolerance=1.5,
+        margin=-1.5,
         seeds=5,
-        tuning={"metacluster": 8, "naive": 8},
+        tuning={"metacluster": 6, "naive": 6},
         also=("before", "clustered", "finetuned", "residual", "factor_of_coefficients"),
     ),
     Claim(
@@ -361,7 +362,7 @@ CLAIMS: tuple[Claim, ...] = (
         margin=0.0,
         seeds=5,
         chance=10.0,
-        tuning={"metacluster": 8, "naive": 8},
+        tuning={"metacluster": 6, "naive": 6},
         also=("before", "clustered", "factor_of_coefficients"),
     ),
 )
