@@ -244,3 +244,41 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             call()
         assert message in str(error.value), message
         assert "\n" not in str(error.value)
+
+
+def test_small_integers_do_not_wrap() -> None:
+    """Columns of uint8 are scaled as the same numbers in float64."""
+    x = np.random.default_rng(0).integers(0, 256, (50, 3), dtype=np.uint8)
+    y = np.arange(50) % 2
+    for kind in (np.uint8, np.int8):
+        small = data.from_arrays(x.view(kind), y)
+        assert torch.equal(small.x_train, data.from_arrays(x.view(kind).astype(np.float64), y).x_train)
+        assert small.x_train.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y_test": np.array([1.5, np.nan])}, "y_test"),
+        ({"y_test": np.array(["a", "b"])}, "y_test holds <U1, not numbers"),
+        ({"x_test": np.array([["a"], ["b"]])}, "x_test holds <U1, not numbers"),
+        ({"x": np.array([["a"]] * 6)}, "x holds <U1, not numbers"),
+        ({"y": np.arange(6) % 2, "y_test": np.array([0.5, 1.0])}, "class 0.5 is in the test part only"),
+    ],
+)
+def test_parts_of_arrays_that_cannot_be_used(arrays: dict[str, np.ndarray], message: str) -> None:
+    """The test part is checked as the training part is."""
+    given = {
+        "x": np.arange(6.0)[:, None], "y": np.linspace(0, 0.7, 6), "x_test": np.ones((2, 1)), "y_test": np.ones(2)
+    }  # fmt: skip
+    with pytest.raises(UserError, match=message) as error:
+        data.from_arrays(**(given | arrays))
+    assert "\n" not in str(error.value)
+
+
+def test_a_gap_in_a_numeric_target_is_named(tmp_path: Path) -> None:
+    """One blank among numbers is a gap with a line, not a class."""
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + "".join(f"{i},{i / 7}\n" for i in range(8)) + "9,\n")
+    with pytest.raises(UserError, match=r"line 10, column b: '' among numbers"):
+        data.load(Config(dataset=str(path)))

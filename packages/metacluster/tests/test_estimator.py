@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from metacluster import MetaClusterClassifier, MetaClusterRegressor
 from metazoo.errors import UserError
 from sklearn.base import clone
@@ -71,6 +73,32 @@ def test_files(tmp_path: Path) -> None:
         MetaClusterClassifier.load(tmp_path / "c")
     with pytest.raises(UserError, match="cannot read"):
         MetaClusterClassifier.load(tmp_path / "nowhere")
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    """Parameters from a grid of np.arange work, and are saved; names and residuals come back."""
+    x, y = load_digits(return_X_y=True)
+    numbers = {"hidden": np.array([8]), "clusters": np.int64(4), "epochs": np.int64(1), "random_state": np.int64(1)}
+    model = MetaClusterClassifier(**numbers).fit(x[:300], y[:300])
+    model.feature_names_in_ = np.array([f"pixel {i}" for i in range(64)], dtype=object)
+    model.save(tmp_path / "c")
+    again = MetaClusterClassifier.load(tmp_path / "c")
+    assert again.residual_ == model.residual_
+    assert again.clusters == 4
+    assert list(again.feature_names_in_) == list(model.feature_names_in_)
+
+
+def test_independent_of_an_earlier_accelerator() -> None:
+    """A precision that other code in the process asked Accelerate for does not reach an estimator."""
+    x, y = load_digits(return_X_y=True)
+    model = MetaClusterClassifier(**QUICK, epochs=1, finetune_epochs=0)
+    alone = model.fit(x[:200], y[:200]).predict_proba(x[:9])
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Accelerator(cpu=True, mixed_precision="bf16")
+        assert np.array_equal(clone(model).fit(x[:200], y[:200]).predict_proba(x[:9]), alone)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_bad_input() -> None:

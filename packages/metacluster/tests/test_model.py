@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from metacluster import bases
 from metacluster.clustering import attach_meta_learner, compress
 from metacluster.edges import ClusteredEdges
-from metacluster.model import KAN, ConvKAN, KANConv2d, KANLinear, from_efficient_kan, from_fastkan, outside_shares
+from metacluster.model import (
+    KAN,
+    BatchNorm2d,
+    ConvKAN,
+    KANConv2d,
+    KANLinear,
+    from_efficient_kan,
+    from_fastkan,
+    outside_shares,
+)
 from metazoo.errors import UserError
 
 
@@ -127,6 +136,47 @@ def test_efficient_kan_is_taken_over() -> None:
         from_efficient_kan(state, order=2)
 
 
+def test_a_network_taken_over_saves_its_own_grid(tmp_path: Any) -> None:
+    """Grid and range of the other network, not the defaults, are in the hub's config."""
+    torch.manual_seed(0)
+    state = {
+        "layers.0.base_weight": torch.randn(3, 4),
+        "layers.0.spline_weight": torch.randn(3, 4, 10),
+        "layers.0.grid": (torch.arange(-3, 11) * 0.8 - 3).expand(4, -1).contiguous(),
+    }
+    model = from_efficient_kan(state)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(5, 4)
+    assert torch.equal(KAN.from_pretrained(tmp_path)(x), model(x))
+
+
+def test_batch_norm_of_one_process_among_processes_is_torchs(tmp_path: Any) -> None:
+    """The distributed arithmetic gives torch's outputs, gradients and statistics, far from 0 and in bfloat16 too."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        for dtype, offset, atol in (
+            (torch.float32, 0.0, 1e-5),
+            (torch.float32, 1e3, 1e-2),
+            (torch.bfloat16, 0.0, 5e-2),
+        ):
+            torch.manual_seed(0)
+            values = (torch.randn(6, 3, 4, 4) + offset).to(dtype)
+            ours, torchs = BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+            found = []
+            for layer in (ours, torchs):
+                x = values.clone().requires_grad_()
+                y = layer(x)
+                assert y.dtype == dtype
+                (y * torch.arange(4)).square().sum().backward()
+                found.append([y.float(), x.grad.float() / x.grad.float().std(), layer.running_mean, layer.running_var])
+            for a, b in zip(*found, strict=True):
+                assert torch.allclose(a, b, atol=atol, rtol=1e-2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_fastkan_is_taken_over() -> None:
     """LayerNorm, radial functions, base weight and bias by its formula."""
     torch.manual_seed(0)
@@ -198,6 +248,9 @@ def test_copies_and_half_precision() -> None:
         (lambda: KANLinear(0, 3), "0 inputs"),
         (lambda: KAN([5]), "sizes"),
         (lambda: KANConv2d(3, 4, groups=2), "groups must divide"),
+        (lambda: KANConv2d(3, 4, padding=(1, 1)), r"padding is \(1, 1\)"),
+        (lambda: KANConv2d(3, 4, stride=0), "stride is 0"),
+        (lambda: KANConv2d(3, 4, 0), "kernel_size"),
         (lambda: ConvKAN(3, 10, (4, 4), (1,)), "one stride"),
         (lambda: KANLinear(3, 2)(torch.zeros(4, 5)), r"\[\.\.\., 3\]"),
         (lambda: KANConv2d(3, 2)(torch.zeros(4, 1, 8, 8)), r"\[B, 3, height, width\]"),

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metacluster.clustering import attach_meta_learner, compress
-from metacluster.model import KAN, ConvKAN, KANConv2d
+from metacluster.model import KAN, ConvKAN, KANConv2d, KANLinear
 from metacluster.packing import (
     CompressedKAN,
     bits_for,
@@ -226,3 +226,23 @@ def test_loading_needs_no_training_code(saved: Path) -> None:
         "assert not {'metacluster.train', 'metacluster.clustering', 'sklearn', 'accelerate'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_own_modules_keep_their_device_and_type(tmp_path: Path) -> None:
+    """A codebook comes to where the layer is; whole-number buffers, which the file has no place for, are refused."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(KANLinear(5, 4, "rbf"))
+    save_packed(compress(model, 3), tmp_path / "a")
+    found = load_packed(tmp_path / "a", torch.nn.Sequential(KANLinear(5, 4, "rbf")).double())
+    assert {p.dtype for p in found.parameters()} == {torch.float64}
+    model.register_buffer("order", torch.arange(5))
+    with pytest.raises(UserError, match=r"order holds torch\.int64"):
+        save_packed(compress(model, 3), tmp_path / "b")
+
+
+def test_half_precision_counts_the_uncompressed_network_in_full() -> None:
+    """factor: float32 coefficients and norms over 16-bit ones."""
+    model = compress(KAN([6, 5], "rbf", norm=True), 4)
+    found = compression_report(model, codebook_width=16)
+    dense = 32 * (30 * 9 + 12)
+    assert found.factor == pytest.approx(dense / (30 * 2 + 16 * 4 * 9 + 16 * 12))

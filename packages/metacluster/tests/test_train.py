@@ -78,15 +78,20 @@ def test_recomputed_basis_gives_the_same_gradient() -> None:
 
 @pytest.mark.parametrize("config", [TINY, CONV], ids=["kan", "conv"])
 def test_two_processes_train_as_one(tmp_path: Path, config: Config) -> None:
-    """Fault 8 over 50 steps through all stages: losses equal up to float error, no drift, the same clusters."""
+    """Fault 8 over 50 steps: in stage 1 losses equal up to float error, no drift; then the same clusters.
+
+    An edge that lies between two centroids may fall to either, so stage 3 is compared less closely.
+    """
     train(config, RunOptions(output_dir=tmp_path / "one", log_every=1, checkpoint_every=50))
     testing.torchrun(2, SCRIPT, str(tmp_path / "two"), json.dumps(dataclasses.asdict(config)))
     one, two = (testing.rows(tmp_path / name) for name in ("one", "two"))
     difference = np.array([a["loss"] - b["loss"] for a, b in zip(one, two, strict=True)])
     assert len(one) == 50
-    assert np.abs(difference).max() < 1e-3
-    assert abs(difference.mean()) < 1e-4
-    assert np.allclose(one[-1]["residual"], two[-1]["residual"], atol=1e-4)
+    assert np.abs(difference[:10]).max() < 1e-5
+    assert np.abs(difference[:35]).max() < 1e-3
+    assert abs(difference[:35].mean()) < 1e-4
+    assert np.abs(difference[35:]).max() < 1e-2
+    assert np.allclose(one[-1]["residual"], two[-1]["residual"], atol=1e-3)
 
 
 def test_stages(tmp_path: Path) -> None:
@@ -202,11 +207,15 @@ def test_commands(tmp_path: Path) -> None:
     """`compress` writes a folder that `report` and load_packed read; float16 halves the codebook."""
     run = trained(tmp_path)
     found = compress_run(CompressOptions(run=run.folder, clusters=8, finetune_epochs=1))
-    assert Path(found["written"]).name == "compressed-8"
+    assert Path(found["written"]).name == "compressed-8-layer"
     full = report(ReportOptions(model=Path(found["written"])))
     assert full["bits_per_index"] == "3, 3"
     half = compress_run(CompressOptions(run=run.folder, clusters=8, half=True, output=tmp_path / "half"))
     assert half["file_bytes"] < found["file_bytes"]
+    with pytest.raises(UserError, match="exists and is not empty"):
+        compress_run(CompressOptions(run=run.folder, clusters=8, output=run.folder))
+    with pytest.raises(UserError, match="0 clusters"):
+        compress_run(CompressOptions(run=run.folder, clusters=0))
     assert full["file_bytes"] == (Path(found["written"]) / "model.safetensors").stat().st_size
 
 
@@ -236,6 +245,22 @@ def test_every_kind_trains(changes: dict[str, Any], tmp_path: Path) -> None:
     assert any(key.endswith("_before") for key in found)
 
 
+def test_few_columns_are_not_normalised() -> None:
+    """LayerNorm over one column would be 0 for every example."""
+    narrow = learner_of(dataclasses.replace(TINY, dataset="sine-sum", dimension=7, basis="bspline"))
+    wide = learner_of(dataclasses.replace(TINY, dataset="sine-sum", dimension=8, basis="bspline"))
+    assert all(layer.norm is None for layer in kan_layers(narrow.model).values())
+    assert all(layer.norm is not None for layer in kan_layers(wide.model).values())
+
+
+def test_pictures_and_comparison_are_of_the_runs_own_clustering(tmp_path: Path) -> None:
+    """One codebook for all layers: `compare` counts it once, and its K-means is the run's."""
+    run = trained(tmp_path, scope="model")
+    found, own = compare(run), evaluate(run, EvaluateOptions())
+    assert found["kmeans_accuracy"] == own["accuracy_clustered"]
+    assert found["kmeans_factor"] == own["factor_of_coefficients"]
+
+
 def test_inputs_outside_the_range_are_told(tmp_path: Path) -> None:
     """B-splines that end at 0.1: a warning with layer and share, and the share among the metrics."""
     run = trained(tmp_path, basis="bspline", norm="none", input_range=(-0.1, 0.1), epochs=1, finetune_epochs=0)
@@ -253,6 +278,10 @@ def test_inputs_outside_the_range_are_told(tmp_path: Path) -> None:
         ({"embedding_size": 0}, "--embedding-size is 0"),
         ({"grid": 0}, "--grid is 0"),
         ({"lr": 0.0}, "--lr is 0"),
+        ({"weight_decay": -1.0}, "--weight-decay is -1"),
+        ({"gamma": 2.0}, "--gamma is 2"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"model": "conv", "strides": (1, 1, 1, 1), "batch_size": 2, "accumulation": 3}, "2 images a step"),
         ({"input_range": (1.0, -1.0)}, "--input-range"),
         ({"model": "conv", "strides": (1,)}, "--strides"),
         ({"model": "conv", "dataset": "exp-sine"}, "needs images"),

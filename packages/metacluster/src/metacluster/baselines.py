@@ -38,24 +38,6 @@ class Compressed:
     bits: int
 
 
-def relative_error(vectors: torch.Tensor, reconstructed: torch.Tensor) -> float:
-    """Squared error / total variance about the mean, as K-means' residual.
-
-    Without any variance: 0 if nothing was lost, else infinite.
-
-    Raises:
-        UserError: the two differ in shape, or the vectors are not finite.
-    """
-    vectors = _checked(vectors).double()
-    if vectors.shape != reconstructed.shape:
-        raise UserError(f"vectors {list(vectors.shape)} and reconstructed {list(reconstructed.shape)}: give one shape")
-    error = float((vectors - reconstructed.detach()).square().sum())
-    total = float((vectors - vectors.mean(0)).square().sum())
-    if total > 0:
-        return error / total
-    return 0.0 if error == 0 else math.inf
-
-
 def scalar_clustering(vectors: torch.Tensor, k: int, *, seed: int = 0) -> Compressed:
     """One codebook of k scalars for all coefficients (weight sharing as in deep compression of MLPs).
 
@@ -94,8 +76,8 @@ def product_quantisation(vectors: torch.Tensor, parts: int, k: int, *, seed: int
     return Compressed(torch.cat(pieces, 1), bits)
 
 
-def uniform_quantisation(vectors: torch.Tensor, bits: int, *, per_column: bool = True) -> Compressed:
-    """Signed integers of ``bits`` bits, symmetric, with a float32 scale for each of the W columns, or one for all.
+def uniform_quantisation(vectors: torch.Tensor, bits: int) -> Compressed:
+    """Signed integers of ``bits`` bits, symmetric, with a float32 scale for each of the W columns.
 
     Raises:
         UserError: bits is not within 2 … 16.
@@ -106,8 +88,7 @@ def uniform_quantisation(vectors: torch.Tensor, bits: int, *, per_column: bool =
         raise UserError(f"integers of {bits} bits: give 2 to 16")
     vectors = _checked(vectors)
     most = 2 ** (bits - 1) - 1
-    largest = vectors.abs().amax(0) if per_column else vectors.abs().amax().unsqueeze(0)
-    scale = (largest.float() / most).clamp(min=torch.finfo(torch.float32).tiny)  # columns of zeros stay zeros
+    scale = (vectors.abs().amax(0).float() / most).clamp(min=torch.finfo(torch.float32).tiny)  # zeros stay zeros
     rounded = (vectors / scale).round().clamp(-most, most) * scale
     return Compressed(rounded.to(vectors), vectors.numel() * bits + 32 * len(scale))
 

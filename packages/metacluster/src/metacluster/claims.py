@@ -33,7 +33,7 @@ _FULL_DIRECT = replace(_FULL, edges="direct", epochs=19, lr=3e-3, finetune_epoch
 
 # A function of 100 variables, KAN 100-32-1 of B-splines.
 _EQUATION = PRESETS["equation"]
-_EQUATION_DIRECT = replace(direct(_EQUATION), lr=1e-2, finetune_lr=1e-2)
+_EQUATION_DIRECT = replace(direct(_EQUATION), lr=3e-3, finetune_lr=1e-2)
 _SINES = replace(_EQUATION, dataset="sine-sum", clusters=16, embedding_lr=1e-1)
 _SINES_DIRECT = replace(direct(_SINES), lr=1e-2, finetune_lr=1e-2)
 
@@ -42,7 +42,7 @@ _CIFAR = replace(
     PRESETS["paper-conv4"], channels=(16, 32, 64), strides=(1, 2, 2), meta_hidden=32, epochs=3, finetune_epochs=1,
     schedule="cosine", lr=3e-4, embedding_lr=3e-2, weight_decay=0.0, embedding_weight_decay=0.0,
 )  # fmt: skip
-_CIFAR_DIRECT = replace(direct(_CIFAR), lr=1e-2)
+_CIFAR_DIRECT = replace(direct(_CIFAR), lr=3e-3, finetune_lr=3e-3)
 
 _PAPER = PRESETS["paper"]
 _PAPER_DIRECT = replace(direct(_PAPER), lr=1e-2)

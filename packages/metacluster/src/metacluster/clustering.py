@@ -71,7 +71,7 @@ def attach_meta_learner(
             learner.out.weight.mul_(factor.unsqueeze(1))
             learner.out.bias.copy_(mean - (emitted * factor).mean(0))
         for layer, embedding in zip(group, z, strict=True):
-            layer.edges = MetaEdges(embedding, learner).to(_device(model))
+            layer.edges = MetaEdges(embedding, learner).to(next(layer.parameters()))
     return model
 
 
@@ -117,7 +117,8 @@ def kmeans(vectors: torch.Tensor, k: int, *, seed: int = 0, n_init: int = 4, sta
     scaled = x / x.std(0).clip(min=1e-12) if standardise else x
     labels = _lloyd(scaled, k, seed, n_init)
     sums = np.zeros((k, x.shape[1]))
-    np.add.at(sums, labels, x) if count < 1000 else _add(sums, labels, x)
+    for column in range(x.shape[1]):
+        sums[:, column] = np.bincount(labels, weights=x[:, column], minlength=k)
     sizes = np.bincount(labels, minlength=k)
     codebook = sums / np.maximum(sizes, 1)[:, None]
     error = ((x - codebook[labels]) ** 2).sum()
@@ -138,11 +139,6 @@ def _lloyd(x: np.ndarray, k: int, seed: int, n_init: int) -> np.ndarray:
         chosen = np.random.default_rng(seed).choice(len(x), sample, replace=False)
         starts = KMeans(k, n_init=n_init, max_iter=50, random_state=seed).fit(x[chosen])
         return KMeans(k, init=starts.cluster_centers_, n_init=1, max_iter=20).fit(x).labels_
-
-
-def _add(sums: np.ndarray, labels: np.ndarray, x: np.ndarray) -> None:
-    for column in range(x.shape[1]):
-        sums[:, column] = np.bincount(labels, weights=x[:, column], minlength=len(sums))
 
 
 def _distinct(x: np.ndarray, k: int) -> tuple[np.ndarray | None, np.ndarray]:
@@ -261,7 +257,3 @@ def layer_groups(model: nn.Module, scope: Scope) -> list[list[KANLayer]]:
     if len({layer.vector_size for layer in layers.values()}) > 1:
         raise UserError('the layers have coefficient vectors of several sizes: use scope "layer"')
     return [list(layers.values())]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

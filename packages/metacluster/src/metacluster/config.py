@@ -15,8 +15,8 @@ class Config:
 
     dataset: str = "mnist14"
     """mnist14 (10 000 digits at 14 x 14, in the package), digits (scikit-learn), exp-sine, sine-sum (generated
-    equations); mnist, kmnist, cifar10, cifar100 (--data-dir, METAZOO_DATA or the hub); or the path of your own
-    .csv or .npz."""
+    equations); mnist, cifar10, cifar100 (--data-dir, METAZOO_DATA or the hub); kmnist (a folder of its idx files);
+    or the path of your own .csv or .npz."""
     data_dir: str | None = None
     """Folder of the file-based data sets."""
     target: str | None = None
@@ -56,7 +56,8 @@ class Config:
     """Give each edge a scale of its own beside the coefficients, as efficient-kan does."""
     norm: Literal["none", "plain", "affine"] = "plain"
     """Normalise a layer's inputs before the basis (kan): LayerNorm without learned gain and shift (plain), or with them
-    as in FastKAN (affine: they stay dense)."""
+    as in FastKAN (affine: they stay dense). With fewer than 8 inputs to the network there is none: it
+    would lose their level."""
 
     edges: Literal["meta", "direct"] = "meta"
     """meta: coefficients are emitted by the meta-learner; direct: they are trained themselves (then K-means is the
@@ -98,7 +99,7 @@ class Config:
     gamma: float = 0.975
     """Factor per epoch of the exponential schedule."""
     accumulation: int = 1
-    """Parts that a step is cut into, to save memory."""
+    """Parts that a step is cut into, to save memory. Batch norm (conv) then normalises each part by itself."""
     recompute: bool = False
     """Recompute basis functions in the backward pass instead of keeping them: slower, far less memory."""
     precision: Literal["no", "bf16"] = "no"
@@ -113,9 +114,16 @@ class Config:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {least} or more")
-        for name in ("lr", "embedding_lr", "finetune_lr", "gamma"):
-            if not getattr(self, name) > 0:
+        for name in ("lr", "embedding_lr", "finetune_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a number above 0")
+        for name in ("weight_decay", "embedding_weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give 0 or a number above it")
+        if not 0 < self.gamma <= 1:
+            raise UserError(f"--gamma is {self.gamma}: give a factor above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}: give 0 to {2**32 - 1}")
         if self.train_size is not None and self.train_size < 1:
             raise UserError(f"--train-size is {self.train_size}: give 1 or more, or None for all")
         if min((*self.hidden, *self.channels, *self.strides), default=1) < 1:
@@ -156,7 +164,7 @@ class CompressOptions:
     half: bool = False
     """Store codebook and dense parameters in float16."""
     output: Path | None = None
-    """Folder to write [default: RUN/compressed-K]."""
+    """Folder to write [default: RUN/compressed-K-SCOPE]."""
 
 
 @dataclass(frozen=True, kw_only=True)

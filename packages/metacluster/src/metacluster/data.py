@@ -178,11 +178,12 @@ def _read_parquet(path: Path, kind: _Images) -> tuple[np.ndarray, np.ndarray]:
     try:
         import pyarrow
         import pyarrow.parquet
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise UserError(
-            f"{path.name} is Parquet, and pyarrow is missing: pip install 'metazoo-metacluster[images]'"
+            f"{path.name} is Parquet with images, and {error.name} is missing: "
+            "pip install 'metazoo-metacluster[images]'"
         ) from error
-    from PIL import Image, UnidentifiedImageError
 
     try:
         table = pyarrow.parquet.read_table(path, columns=[kind.image, kind.label])
@@ -299,10 +300,23 @@ def _read_csv(path: Path, target: str | None) -> tuple[np.ndarray, np.ndarray]:
             bad = header[features[int(np.argmin(np.isfinite(x[number - 2])))]]
             raise UserError(f"{path} line {number}, column {bad}: not a finite number: remove or replace it")
     values = [row[goal] for row in body]
-    try:
+    texts = [number for number, value in enumerate(values, start=2) if not _is_number(value)]
+    if not texts:
         return x, np.array([float(value) for value in values])
+    if 2 * len(texts) < len(values):
+        raise UserError(
+            f"{path} line {texts[0]}, column {header[goal]}: {values[texts[0] - 2]!r} among numbers: fill in or remove "
+            "the line"
+        )
+    return x, np.array(values)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
     except ValueError:
-        return x, np.array(values)
+        return False
+    return True
 
 
 def from_arrays(
@@ -331,20 +345,26 @@ def from_arrays(
         )
     if (x_test is None) != (y_test is None):
         raise UserError(f"{name}: give both x_test and y_test, or neither")
-    for part, label in ((x, "x"), (x_test, "x_test")):
-        if part is not None:
-            check_finite(part, f"{name}, {label}")
     numeric = y.dtype.kind in "fiub"
-    if numeric:
-        check_finite(y, f"{name}, y")
+    for part, label in ((x, "x"), (x_test, "x_test"), (y, "y"), (y_test, "y_test")):
+        if part is None:
+            continue
+        if part.dtype.kind not in "fiub" and (numeric or not label.startswith("y")):
+            raise UserError(f"{name}: {label} holds {part.dtype}, not numbers: encode it")
+        if part.dtype.kind == "f":
+            check_finite(part, f"{name}, {label}")
     whole = numeric and bool((y == np.round(y)).all())
     few = len(np.unique(y)) <= MOST_CLASSES
     kind = task if task != "auto" else ("classification" if not numeric or (whole and few) else "regression")
     if kind == "regression" and not numeric:
         raise UserError(f"{name}: the target {y[0]!r} is text, which cannot be regressed: use --task classification")
+    if kind == "classification" and numeric and y_test is not None:
+        unseen = np.setdiff1d(y_test, y)  # before 0.5 would become class 0
+        if len(unseen):
+            raise UserError(f"{name}: class {unseen[0]} is in the test part only: train on it too")
     if kind == "classification" and whole:
         y = y.astype(np.int64)
-        y_test = None if y_test is None else np.asarray(y_test).astype(np.int64)
+        y_test = None if y_test is None else y_test.astype(np.int64)
     if x_test is None or y_test is None:
         x, y, x_test, y_test = _split(x, y, stratify=kind == "classification")
     if x_test.shape[1:] != x.shape[1:] or len(x_test) != len(y_test) or y_test.ndim != 1:
@@ -356,9 +376,10 @@ def from_arrays(
     elif x.ndim == 4:
         train, test = x, x_test
     else:
-        low, high = x.min(0), x.max(0)
+        columns = [part.astype(np.float64) for part in (x, x_test)]  # small integers would wrap
+        low, high = columns[0].min(0), columns[0].max(0)
         span = np.where(high > low, high - low, 1.0)
-        train, test = (np.where(high > low, 2 * (part - low) / span - 1, 0.0) for part in (x, x_test))
+        train, test = (np.where(high > low, 2 * (part - low) / span - 1, 0.0) for part in columns)
     if kind == "regression":
         return _regression(name, train, y.astype(np.float64), test, y_test.astype(np.float64))
     labels = np.unique(y)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from metazoo.errors import UserError
 from metazoo.runfolder import read_json, write_json
 from numpy.typing import ArrayLike
@@ -22,6 +22,20 @@ from metacluster.data import Dataset
 from metacluster.evaluate import predict
 from metacluster.packing import CompressionReport, compression_report, load_packed, save_packed
 from metacluster.train import MetaClusterLearner, residual_of
+
+
+class _OneCPU:
+    """What the learner asks of an Accelerator. The real one would take over the process's earlier device and
+    precision, and refuse another."""
+
+    device = torch.device("cpu")
+    num_processes, process_index = 1, 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
 
 
 class _MetaCluster(BaseEstimator):
@@ -65,24 +79,19 @@ class _MetaCluster(BaseEstimator):
             state = int(state.randint(2**31 - 1))
         elif state is None:
             state = int(np.random.default_rng().integers(2**31 - 1))
+        numbers = ("clusters", "embedding_size", "meta_hidden", "epochs", "finetune_epochs", "batch_size")
         config = Config(
             dataset="arrays.npz",
-            seed=state,
-            hidden=tuple(self.hidden),
+            seed=int(state),
+            hidden=tuple(map(int, self.hidden)),
             basis=self.basis,  # type: ignore[arg-type]
-            clusters=self.clusters,
-            embedding_size=self.embedding_size,
-            meta_hidden=self.meta_hidden,
-            epochs=self.epochs,
-            finetune_epochs=self.finetune_epochs,
-            batch_size=self.batch_size,
             lr=self.lr,
             embedding_lr=self.embedding_lr,
             finetune_lr=self.finetune_lr,
-            norm="plain" if x.shape[1] >= 8 else "none",
+            **{name: int(getattr(self, name)) for name in numbers},  # a grid of NumPy's gives its own integers
         )
         dataset = Dataset("arrays", inputs, y, inputs[:0], y[:0], classes, (x.shape[1],))
-        learner = MetaClusterLearner(config, dataset, Accelerator(cpu=True))
+        learner = MetaClusterLearner(config, dataset, _OneCPU())  # type: ignore[arg-type]
         for step in tqdm(range(learner.steps), desc="metacluster", disable=not self.progress):
             loss = learner.step(step)["loss"]
             if not bool(torch.isfinite(loss)):
@@ -122,9 +131,11 @@ class _MetaCluster(BaseEstimator):
             Path(folder) / "estimator.json",
             {
                 "estimator": type(self).__name__,
-                "parameters": {k: v for k, v in self.get_params().items() if k != "random_state"},
+                "parameters": {k: _plain(v) for k, v in self.get_params().items() if k != "random_state"},
                 "feature_low": self.feature_low_.tolist(),
                 "feature_high": self.feature_high_.tolist(),
+                "feature_names": [str(name) for name in getattr(self, "feature_names_in_", [])],
+                "residual": self.residual_,
                 **self._remembered(),
             },
         )
@@ -147,6 +158,9 @@ class _MetaCluster(BaseEstimator):
             estimator.feature_low_ = np.array(stored["feature_low"], dtype=np.float64)
             estimator.feature_high_ = np.array(stored["feature_high"], dtype=np.float64)
             estimator.n_features_in_ = len(estimator.feature_low_)
+            if stored["feature_names"]:
+                estimator.feature_names_in_ = np.array(stored["feature_names"], dtype=object)
+            estimator.residual_ = dict(stored["residual"])
             estimator._recall(stored)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
@@ -155,6 +169,13 @@ class _MetaCluster(BaseEstimator):
         estimator.network_ = load_packed(folder)
         estimator.compression_report_ = compression_report(estimator.network_)
         return estimator
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: NumPy's numbers and arrays as Python's."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 class MetaClusterClassifier(ClassifierMixin, _MetaCluster):

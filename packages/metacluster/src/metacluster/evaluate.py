@@ -14,8 +14,6 @@ from metazoo.errors import UserError
 from torch import nn
 
 from metacluster import baselines, data
-from metacluster.bits import bits_for
-from metacluster.clustering import kmeans
 from metacluster.config import Config, EvaluateOptions
 from metacluster.edges import ClusteredEdges, DirectEdges
 from metacluster.model import kan_layers, outside_shares
@@ -105,7 +103,7 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
         far = [f"{100 * share:.1f} % of the inputs of {name}" for name, share in shares.items() if share > 0.05]
         if far:
             warnings.warn(
-                f"{', '.join(far)} leave the range of the basis, where an edge has nothing but its base term: widen "
+                f"{', '.join(far)} leave the range of the basis, far from which an edge is its base term alone: widen "
                 "--input-range or use --norm plain",
                 stacklevel=2,
             )
@@ -137,7 +135,7 @@ def _compressed(run: Run, metric: str, before: float) -> dict[str, Any]:
         "factor": report.factor,
         "factor_of_coefficients": report.edge_factor,
         "bytes": report.bits / 8,
-        "bytes_uncompressed": (report.dense_bits + report.other_bits) / 8,
+        "bytes_uncompressed": (report.dense_bits + report.dense_other_bits) / 8,
         "parameters_of_the_network": coefficients + report.other_bits // 32,
     }
 
@@ -155,7 +153,6 @@ def compare(run: Run) -> dict[str, float]:
     dense_bits = sum(32 * layer.count * layer.vector_size for layer in layers.values())
     k, seed = run.config.clusters, run.config.seed
     methods = {
-        "kmeans": lambda v: _by_kmeans(v, min(k, len(v)), seed),
         "scalar_kmeans": lambda v: baselines.scalar_clustering(v, k, seed=seed),
         "product_quantisation": lambda v: baselines.product_quantisation(
             v, min(3, v.shape[1]), min(k, len(v)), seed=seed
@@ -169,7 +166,9 @@ def compare(run: Run) -> dict[str, float]:
             v, run.config.embedding_size, run.config.meta_hidden, seed=seed
         ),
     }
-    found: dict[str, float] = {}
+    own = at_kmeans(run.model, run.clustered)
+    ((metric, value),) = score(own, run.config, run.dataset).items()
+    found = {f"kmeans_{metric}": value, "kmeans_factor": compression_report(own).edge_factor}
     for name, method in methods.items():
         model = copy.deepcopy(run.model)
         bits = 0
@@ -196,9 +195,3 @@ def compare(run: Run) -> dict[str, float]:
         found[f"metacluster_int{width}_{metric}"] = value
         found[f"metacluster_int{width}_factor"] = dense_bits / bits
     return found
-
-
-def _by_kmeans(vectors: torch.Tensor, k: int, seed: int) -> baselines.Compressed:
-    found = kmeans(vectors, k, seed=seed)
-    bits = len(vectors) * bits_for(k) + 32 * found.codebook.numel()
-    return baselines.Compressed(found.codebook[found.assignment], bits)

@@ -71,8 +71,8 @@ class _Layer(nn.Module):
 class KANLinear(_Layer):
     """A fully connected KAN layer; edge e = o·I + i.
 
-    An input outside the range of a B-spline meets no spline there and goes through the base term alone, which is what
-    efficient-kan does too; :func:`outside_shares` counts them.
+    An input outside the range of a B-spline meets fewer splines, and beyond order·h of it the base term alone, as in
+    efficient-kan; :func:`outside_shares` counts the inputs outside.
 
     Args:
         in_features: I. out_features: O.
@@ -186,7 +186,8 @@ class KANConv2d(_Layer):
     torch-conv-kan).
 
     Args:
-        in_channels: I. out_channels: O. kernel_size: kh = kw, or both. stride, padding, dilation, groups: as Conv2d.
+        in_channels: I. out_channels: O. kernel_size: kh = kw, or both. stride, padding, dilation: one whole number for
+            both directions. groups: as Conv2d.
         basis, base, scale: as :class:`KANLinear`.
 
     Raises:
@@ -212,6 +213,10 @@ class KANConv2d(_Layer):
                 f"{in_channels} input and {out_channels} output channels in {groups} groups: groups must divide both"
             )
         kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        sizes = [(f"kernel_size {kernel}", min(kernel), 1), ("stride", stride, 1), ("dilation", dilation, 1)]
+        for what, value, least in [*sizes, ("padding", padding, 0)]:
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"{what} is {value!r}: give a whole number of {least} or more, for both directions")
         fan_in = in_channels // groups * math.prod(kernel)
         super().__init__(out_channels * fan_in, fan_in, basis, base, scale)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
@@ -341,6 +346,22 @@ class KAN(nn.Module, PyTorchModelHubMixin):
         return x
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        total = grads[0].clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation over the batch of all processes (SyncBatchNorm, which torch has for GPUs only).
 
@@ -352,14 +373,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         distributed = torch.distributed
         if not (self.training and distributed.is_available() and distributed.is_initialized()):
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce
-
-        count = x.numel() / x.shape[1]
-        sums = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), x.new_tensor([count])])
-        sums = all_reduce(sums)
+        values = x.float()  # statistics in float32 under mixed precision too
+        shape = (1, -1, 1, 1)
+        count = values.new_tensor([values.numel() / values.shape[1]])
+        sums = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)), count]))
         total = sums[-1]
-        mean, square = (sums[:-1] / total).chunk(2)
-        variance = square - mean.square()
+        mean = sums[:-1] / total
+        centred = values - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / total
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -369,7 +390,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (total / (total - 1)), self.momentum)
         factor = self.weight * (variance + self.eps).rsqrt()
-        return x * factor[:, None, None] + (self.bias - mean * factor)[:, None, None]
+        return (centred * factor.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 class ConvKAN(nn.Module, PyTorchModelHubMixin):
@@ -442,7 +463,7 @@ def from_efficient_kan(state: Mapping[str, torch.Tensor], *, order: int = 3) -> 
         order: its spline_order, which the state dict does not tell.
 
     Raises:
-        UserError: a tensor is missing, or a grid is no longer uniform (after update_grid).
+        UserError: a tensor is missing, a grid is no longer uniform (after update_grid), or layers differ in theirs.
     """
     layers = _numbered(state, "base_weight")
     scale = "layers.0.spline_scaler" in state
@@ -467,7 +488,10 @@ def from_efficient_kan(state: Mapping[str, torch.Tensor], *, order: int = 3) -> 
         layer = KANLinear(base.shape[1], base.shape[0], basis, scale=scale)
         layer.edges = DirectEdges(torch.cat(parts, -1).flatten(0, 1))
         built.append(layer)
-    model = KAN([built[0].in_features, *(layer.out_features for layer in built)], scale=scale)
+    described = bases.settings(built[0].basis)
+    if any(bases.settings(layer.basis) != described for layer in built):
+        raise UserError("layers differ in their grids: only one grid for all is taken over")
+    model = KAN([built[0].in_features, *(layer.out_features for layer in built)], described, scale=scale)
     model.layers = nn.ModuleList(built)
     return model
 

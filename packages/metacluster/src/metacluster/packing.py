@@ -61,6 +61,8 @@ class CompressionReport:
     """Of all codebooks."""
     other_bits: int
     """Of what is not clustered: norms, biases, running statistics, β."""
+    dense_other_bits: int
+    """Of the same in the uncompressed network, in float32."""
 
     @property
     def bits(self) -> int:
@@ -70,7 +72,7 @@ class CompressionReport:
     @property
     def factor(self) -> float:
         """How many times smaller the whole network is, dense parts counted on both sides."""
-        return (self.dense_bits + self.other_bits) / self.bits
+        return (self.dense_bits + self.dense_other_bits) / self.bits
 
     @property
     def edge_factor(self) -> float:
@@ -89,12 +91,14 @@ def compression_report(model: nn.Module, *, codebook_width: int = 32) -> Compres
     """
     layers = _clustered(model)
     codebooks = _codebooks(layers)
+    others = sum(tensor.numel() for tensor in _rest(model).values())
     return CompressionReport(
         edges=sum(edges.count for edges in layers.values()),
         dense_bits=sum(32 * edges.count * edges.codebook.shape[1] for edges in layers.values()),
         index_bits=sum(edges.count * edges.bits for edges in layers.values()),
         codebook_bits=sum(codebook_width * codebook.numel() for codebook in codebooks),
-        other_bits=sum(codebook_width * tensor.numel() for tensor in _rest(model).values()),
+        other_bits=codebook_width * others,
+        dense_other_bits=32 * others,
     )
 
 
@@ -179,7 +183,9 @@ def load_packed(folder: Path | str, model: nn.Module | None = None) -> nn.Module
         if model is None:
             model = _build(config["architecture"], folder)
         return _fill(model, config, tensors, folder)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{folder / 'config.json'} does not fit {path.name} ({error!r}): write the model again"
         ) from error
@@ -216,7 +222,7 @@ def _fill(model: nn.Module, config: Mapping[str, Any], tensors: dict[str, torch.
             length = math.ceil(layer.count * bits / 8)
             assignment = unpack_indices(tensors["indices"][start : start + length], bits, layer.count)
             start += length
-        layer.edges = ClusteredEdges(codebook, assignment)
+        layer.edges = ClusteredEdges(codebook, assignment).to(next(layer.parameters()))
     rest = _rest(model)
     stored = tensors.get("dense", torch.empty(0)).float()
     if stored.numel() != sum(tensor.numel() for tensor in rest.values()):
@@ -292,7 +298,7 @@ def report(options: ReportOptions) -> dict[str, Any]:
         "edges": found.edges,
         "codebooks": ", ".join(f"{k} x {w}" for k, w in (tuple(c.shape) for c in _codebooks(layers))),
         "bits_per_index": ", ".join(str(edges.bits) for edges in layers.values()),
-        "dense_bytes": (found.dense_bits + found.other_bits) / 8,
+        "dense_bytes": (found.dense_bits + found.dense_other_bits) / 8,
         "index_bytes": found.index_bits / 8,
         "codebook_bytes": found.codebook_bits / 8,
         "other_bytes": found.other_bits / 8,
@@ -324,13 +330,23 @@ def _place(codebooks: list[nn.Parameter], codebook: nn.Parameter) -> int:
 
 
 def _rest(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and running statistics outside the edges, by name."""
+    """Parameters and running statistics outside the edges, by name.
+
+    Raises:
+        UserError: a tensor of whole numbers, for which the file has no place (batch norm's count of batches aside).
+    """
     edges = tuple(f"{name}.edges." for name in kan_layers(model))
-    return {
+    rest = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith(edges) and tensor.is_floating_point()
+        if not name.startswith(edges) and not name.endswith("num_batches_tracked")
     }
+    for name, tensor in rest.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{name} holds {tensor.dtype}, which a compressed file has no place for: use a float buffer"
+            )
+    return rest
 
 
 def _architecture(model: nn.Module) -> dict[str, Any] | None:

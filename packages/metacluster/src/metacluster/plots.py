@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from metacluster.clustering import kmeans
 from metacluster.edges import ClusteredEdges
 from metacluster.model import KANLayer, kan_layers
 
@@ -108,13 +107,16 @@ _RANGED = ("BSpline", "GaussianRBF")
 def coefficients(run: Run, path: Path) -> None:
     """Each layer's coefficients on their first two principal axes, with the centroids of K-means."""
     assert run.clustered is not None
-    layers = kan_layers(run.model)
+    from metacluster.evaluate import at_kmeans
+
+    layers, clustered = kan_layers(run.model), kan_layers(at_kmeans(run.model, run.clustered))
     names = list(layers)[:4]
     figure = Figure(figsize=(4.2 * len(names), 3.8), layout="constrained")
     row = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(row, names, strict=True):
-        found = kmeans(layers[name].edges(), min(run.config.clusters, layers[name].count), seed=run.config.seed)
-        _cloud(axes, layers[name].edges().cpu().numpy(), found.codebook.cpu().numpy())
+        edges = clustered[name].edges
+        assert isinstance(edges, ClusteredEdges)
+        _cloud(axes, layers[name].edges().cpu().numpy(), edges.codebook.cpu().numpy())
         axes.set_title(f"{name}: residual {run.residual[name]:.3g}", fontsize=10)
     _save(figure, path)
 
@@ -134,21 +136,34 @@ def _cloud(axes: Any, vectors: np.ndarray, centroids: np.ndarray) -> None:
 @torch.no_grad()
 def against_k(run: Run, path: Path) -> None:
     """Residual of K-means, and the test score after it (no fine-tuning), for K = 1, 2, 4 …"""
-    from metacluster.clustering import compress, residuals
+    from metacluster.clustering import compress
     from metacluster.evaluate import score
+    from metacluster.train import residual_of
 
     layers = kan_layers(run.model)
     most = min(256, *(layer.count for layer in layers.values()))
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= most]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    found = [residuals(run.model, k, seed=run.config.seed) for k in ks]
+    config = run.config
+    models = [
+        compress(
+            run.model,
+            k,
+            scope=config.scope,
+            seed=config.seed,
+            n_init=config.kmeans_starts,
+            standardise=config.standardise,
+        )
+        for k in ks
+    ]
+    found = [residual_of(run.model, model) for model in models]
     for i, name in enumerate(layers):
         values = [max(row[name], 1e-6) for row in found]
         left.plot(ks, values, marker="o", markersize=3, color=COLOURS[i % len(COLOURS)], label=name)
     left.set(yscale="log", xlabel="K", ylabel="within-cluster / total variance")
     left.legend(fontsize=8)
-    scores = [score(compress(run.model, k, seed=run.config.seed), run.config, run.dataset) for k in ks]
+    scores = [score(model, config, run.dataset) for model in models]
     (metric,) = scores[0]
     right.plot(ks, [row[metric] for row in scores], marker="o", markersize=3, color=COLOURS[3], label="after K-means")
     (before,) = score(run.model, run.config, run.dataset).values()

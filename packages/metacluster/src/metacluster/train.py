@@ -27,7 +27,9 @@ from metacluster.clustering import attach_meta_learner, compress, finetune_codeb
 from metacluster.config import PRESETS, CompressOptions, Config
 from metacluster.edges import ClusteredEdges, DirectEdges
 from metacluster.model import KAN, MLP, ConvKAN, kan_layers
-from metacluster.packing import compression_report, save_packed
+from metacluster.packing import compression_report, load_packed, save_packed
+
+LEAST_NORMED = 8  # inputs: LayerNorm over fewer columns loses too much of them (over one: all)
 
 
 @dataclass
@@ -82,7 +84,7 @@ def build_model(config: Config, dataset: data.Dataset) -> nn.Module:
                 sizes,
                 basis_settings(config),
                 scale=config.scale,
-                norm=config.norm != "none",
+                norm=config.norm != "none" and sizes[0] >= LEAST_NORMED,
                 affine=config.norm == "affine",
             )
     for name, layer in kan_layers(model).items():
@@ -150,6 +152,11 @@ class MetaClusterLearner:
         self.residual = torch.zeros(len(kan_layers(self.model)))
         count = len(dataset.x_train)
         self.batch_size = min(config.batch_size, count)
+        if config.model == "conv" and self.batch_size < accelerator.num_processes * config.accumulation:
+            raise UserError(  # batch norm adds up over processes: each needs as many parts as the others
+                f"{self.batch_size} images a step for {accelerator.num_processes} processes x {config.accumulation} "
+                "parts: use a larger --batch-size or a smaller --accumulation"
+            )
         self.batches = count // self.batch_size  # what is left over is drawn in another epoch
         self.first_steps = config.epochs * self.batches
         self.steps = self.first_steps + (0 if self.clustered is None else config.finetune_epochs * self.batches)
@@ -375,7 +382,7 @@ def recompress(
     config = run.config
     model = compress(
         run.model,
-        clusters or config.clusters,
+        config.clusters if clusters is None else clusters,
         scope=scope or config.scope,  # type: ignore[arg-type]
         seed=config.seed,
         n_init=config.kmeans_starts,
@@ -398,13 +405,18 @@ def compress_run(options: CompressOptions) -> dict[str, Any]:
     if options.finetune_epochs is not None and options.finetune_epochs < 0:
         raise UserError(f"--finetune-epochs is {options.finetune_epochs}: give 0 or more")
     run = load(options.run)
-    model = recompress(run, clusters=options.clusters, scope=options.scope, finetune_epochs=options.finetune_epochs)
-    folder = options.output or options.run / f"compressed-{options.clusters or run.config.clusters}"
+    clusters = run.config.clusters if options.clusters is None else options.clusters
+    scope = options.scope or run.config.scope
+    folder = options.output or options.run / f"compressed-{clusters}-{scope}"
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty: give another --output, or remove it")
+    model = recompress(run, clusters=clusters, scope=scope, finetune_epochs=options.finetune_epochs)
     path = save_packed(model, folder, half=options.half)
+    stored = load_packed(folder).to(next(model.parameters()).device)
     report = compression_report(model, codebook_width=16 if options.half else 32)
     return {
         **{f"{name}_before": value for name, value in score(run.model, run.config, run.dataset).items()},
-        **{f"{name}_compressed": value for name, value in score(model, run.config, run.dataset).items()},
+        **{f"{name}_compressed": value for name, value in score(stored, run.config, run.dataset).items()},
         "factor": report.factor,
         "factor_of_coefficients": report.edge_factor,
         "file_bytes": path.stat().st_size,
