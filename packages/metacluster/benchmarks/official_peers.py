@@ -78,13 +78,17 @@ def main() -> None:
             rows.append(compared(peer, ours, shape, options.repeats, same=True))
         found["fast-kan"] = rows
     if importlib.util.find_spec("kan") is not None:
-        from kan.KANLayer import KANLayer  # the layer alone, without the symbolic branch: its fastest setting
+        from kan import KAN as Peer
 
         rows = []
         for shape in ((64, 64, 64), (256, 196, 32)):
-            peer = KANLayer(shape[1], shape[2], num=5, k=3)
-            ours = KANLinear(shape[1], shape[2], "bspline", scale=True)
-            rows.append(compared(peer, ours, shape, max(4, options.repeats // 4), same=False))
+            for fast in (False, True):  # as a user gets it; and after speed(), without the symbolic branch
+                peer = Peer(width=list(shape[1:]), grid=5, k=3, seed=0, auto_save=False)
+                if fast:
+                    peer.speed()
+                ours = KANLinear(shape[1], shape[2], "bspline", scale=True)
+                row = compared(peer, ours, shape, max(4, options.repeats // 4) if fast else 4, same=False)
+                rows.append({"speed()": fast, **row})
         found["pykan"] = rows
     print(json.dumps(found, indent=1))
 

@@ -45,6 +45,22 @@ def test_linear_is_its_edges(basis: str, base: bool, scale: bool, norm: bool) ->
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-10)
 
 
+@pytest.mark.parametrize("base", [True, False])
+def test_second_derivatives_of_a_scaled_layer(base: bool) -> None:
+    """The one pass over the gradient can itself be differentiated, as a meta-learner's inner loop does."""
+    torch.manual_seed(0)
+    layer = KANLinear(3, 2, "rbf", base=base, scale=True).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    names = ("edges.coefficients",)
+
+    def outputs(vectors: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, [vectors], strict=True)), (x,))
+
+    vectors = layer.edges.coefficients.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(outputs, (vectors,))
+    assert torch.autograd.gradgradcheck(outputs, (vectors,))
+
+
 @pytest.mark.parametrize("basis", list(bases.BASES))
 @pytest.mark.parametrize(
     ("stride", "padding", "dilation", "groups", "kernel"), [(1, 1, 1, 1, 3), (2, 0, 1, 2, (2, 3)), (2, 2, 2, 1, 3)]

@@ -28,6 +28,31 @@ from metacluster.edges import ClusteredEdges, DirectEdges, Edges
 BLOCK = 1 << 19  # numbers of a clustered layer's weights that exist at once
 
 
+class _Scaled(torch.autograd.Function):
+    """Vectors [..., G + base + 1] -> coefficients times scale [..., G], base weights [..., base].
+
+    In ordinary autograd the gradient is written three times, which shows in small batches.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(vectors)
+        ctx.size = size
+        return vectors[..., :size] * vectors[..., -1:], vectors[..., size:-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (vectors,), (spline, base), size = ctx.saved_tensors, grads, ctx.size
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            scale = (spline * vectors[..., :size]).sum(-1, keepdim=True)
+            return torch.cat([spline * vectors[..., -1:], base, scale], -1), None
+        total = torch.empty_like(vectors)
+        torch.mul(spline, vectors[..., -1:], out=total[..., :size])
+        total[..., size:-1] = base
+        total[..., -1] = torch.einsum("...g,...g->...", spline, vectors[..., :size])
+        return total, None
+
+
 class _Layer(nn.Module):
     """What linear and convolutional layers share: the basis, the edges, and the layout of an edge's vector."""
 
@@ -53,9 +78,11 @@ class _Layer(nn.Module):
 
     def effective(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Vectors [..., W] -> what multiplies the basis [..., G] (scaled), and the base weight [...]."""
-        # one split, whose backward pass is one concatenation
-        spline, base, scale = vectors.split([self.basis.size, int(self.base), int(self.scale)], -1)
-        return spline * scale if self.scale else spline, base.squeeze(-1) if self.base else None
+        if self.scale:
+            spline, base = _Scaled.apply(vectors, self.basis.size)
+        else:  # one split, whose backward pass is one concatenation
+            spline, base = vectors.split([self.basis.size, int(self.base)], -1)
+        return spline, base.squeeze(-1) if self.base else None
 
     def outside_share(self, x: torch.Tensor) -> float:
         """Share of the inputs x that leave the range on which the basis is meant. (A norm comes first.)"""
