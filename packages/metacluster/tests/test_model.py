@@ -45,6 +45,23 @@ def test_linear_is_its_edges(basis: str, base: bool, scale: bool, norm: bool) ->
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-10)
 
 
+@pytest.mark.parametrize("basis", list(bases.BASES))
+def test_half_precision_is_as_good_as_its_inputs(basis: str) -> None:
+    """In bfloat16 (a model of it, or autocast) outputs are off by bfloat16's own rounding, not by cancelled powers."""
+    torch.manual_seed(0)
+    layer = KANLinear(64, 32, basis)
+    x = torch.randn(50, 64).bfloat16()
+    with torch.no_grad():
+        exact = layer(x.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = layer(x)
+        half = copy.deepcopy(layer).bfloat16()(x)
+    assert torch.equal(layer.values(x), layer.values(x.float()).bfloat16())
+    for found in (mixed, half):
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - exact).square().mean().sqrt() < 0.01 * exact.std()
+
+
 @pytest.mark.parametrize("base", [True, False])
 def test_second_derivatives_of_a_scaled_layer(base: bool) -> None:
     """The one pass over the gradient can itself be differentiated, as a meta-learner's inner loop does."""

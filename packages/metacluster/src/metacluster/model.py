@@ -84,6 +84,12 @@ class _Layer(nn.Module):
             spline, base = vectors.split([self.basis.size, int(self.base)], -1)
         return spline, base.squeeze(-1) if self.base else None
 
+    def values(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """The basis at x, worked out in float32 where x is less precise: the powers of splines nearly cancel."""
+        if x.dtype in (torch.bfloat16, torch.float16):
+            return self.basis(x.float(), dim).to(x.dtype)  # type: ignore[no-any-return]
+        return self.basis(x, dim)  # type: ignore[no-any-return]
+
     def outside_share(self, x: torch.Tensor) -> float:
         """Share of the inputs x that leave the range on which the basis is meant. (A norm comes first.)"""
         raise NotImplementedError
@@ -148,7 +154,7 @@ class KANLinear(_Layer):
         """[B, I], coefficients [E, W] -> [B, O]."""
         spline, base = self.effective(vectors)
         inputs = x if self.norm is None else self.norm(x)
-        y = F.linear(self.basis(inputs).flatten(1), spline.reshape(self.out_features, -1))
+        y = F.linear(self.values(inputs).flatten(1), spline.reshape(self.out_features, -1))
         return y if base is None else y + F.linear(F.silu(x), base.reshape(self.out_features, self.in_features))
 
     def _clustered(self, x: torch.Tensor, edges: ClusteredEdges) -> torch.Tensor:
@@ -158,7 +164,7 @@ class KANLinear(_Layer):
         many = 8 * len(edges.codebook) <= self.out_features and len(x) >= 32
         if many and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             return self._by_table(x, inputs, edges, spline, base)
-        features = self.basis(inputs).flatten(1)  # [B, I·G]
+        features = self.values(inputs).flatten(1)  # [B, I·G]
         activated = F.silu(x)
         step = max(1, BLOCK // (self.in_features * self.basis.size))
         parts = []
@@ -191,7 +197,7 @@ class KANLinear(_Layer):
         offset = torch.arange(0, n * k, k, device=x.device)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            table = torch.matmul(spline, self.basis(inputs[part].T.contiguous(), dim=1))  # [I, K, B]
+            table = torch.matmul(spline, self.values(inputs[part].T.contiguous(), dim=1))  # [I, K, B]
             if base is not None:
                 table.addcmul_(base[:, None], F.silu(x[part].T)[:, None, :])
             for first in range(0, o, step):
@@ -281,7 +287,7 @@ class KANConv2d(_Layer):
         the time.
         """
         pixels = x.permute(0, 2, 3, 1).contiguous().unflatten(3, (self.groups, -1))
-        maps = self.basis(pixels, dim=-2)
+        maps = self.values(pixels, dim=-2)
         if self.base:
             maps = torch.cat([maps, F.silu(pixels).unsqueeze(-2)], -2)
         return maps.flatten(3).permute(0, 3, 1, 2)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from metacluster.edges import ClusteredEdges
 from metacluster.model import KANLayer, kan_layers
@@ -173,7 +173,7 @@ def against_k(run: Run, path: Path) -> None:
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     _save(figure, path)
 
 
@@ -209,6 +209,6 @@ def compression(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], p
         ylabel="test accuracy, % (mean; least to greatest of the seeds)",
     )  # fmt: skip
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
