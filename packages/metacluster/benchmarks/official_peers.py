@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import types
 from collections.abc import Callable
@@ -64,10 +65,10 @@ def main() -> None:
     if options.efficient_kan:
         peers = module(options.efficient_kan)
         rows = []
-        for shape in SHAPES:
-            peer = peers.KANLinear(*shape[1:])
+        for shape, scale in itertools.product(SHAPES, (True, False)):
+            peer = peers.KANLinear(*shape[1:], enable_standalone_scale_spline=scale)
             ours = from_efficient_kan({f"layers.0.{name}": value for name, value in peer.state_dict().items()})
-            rows.append(compared(peer, ours, shape, options.repeats, same=True))
+            rows.append({"scale": scale, **compared(peer, ours, shape, options.repeats, same=True)})
         found["efficient-kan"] = rows
     if options.fast_kan:
         peers = module(options.fast_kan)

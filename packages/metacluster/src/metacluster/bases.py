@@ -7,6 +7,7 @@ and has a ``size``, the number of functions. Polynomials and Gram take tanh(x), 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,7 +162,7 @@ class GaussianRBF(nn.Module):
         return (x < self.low - margin) | (x > self.high + margin)
 
 
-class _Polynomials(nn.Module):
+class _Polynomials(nn.Module, ABC):
     """Base of the polynomial families: P_0 = 1, P_1 = u, a recurrence from there on, u = tanh(x)."""
 
     def __init__(self, degree: int = 3) -> None:
@@ -176,9 +177,9 @@ class _Polynomials(nn.Module):
             values.append(self.following(n, u, values[n], values[n - 1]))
         return torch.stack(values, dim)
 
+    @abstractmethod
     def following(self, n: int, u: torch.Tensor, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """P_{n+1} from P_n and P_{n−1}."""
-        raise NotImplementedError
 
     def outside(self, x: torch.Tensor) -> torch.Tensor:
         """Nowhere: tanh takes every x into the range."""

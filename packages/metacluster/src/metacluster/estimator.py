@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +39,7 @@ class _OneCPU:
         loss.backward()
 
 
-class _MetaCluster(BaseEstimator):
+class _MetaCluster(BaseEstimator, ABC):
     """What classifier and regressor share: parameters, scaling, the three stages, files."""
 
     def __init__(
@@ -117,11 +118,13 @@ class _MetaCluster(BaseEstimator):
         found: np.ndarray = predict(network, self._scaled(x).double()).numpy()
         return found
 
+    @abstractmethod
     def _remembered(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What prediction needs besides the network, for JSON."""
 
+    @abstractmethod
     def _recall(self, stored: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Take it back."""
 
     def save(self, folder: Path | str) -> Path:
         """Write the compressed network and what prediction needs beside it (safetensors and JSON)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class _Scaled(torch.autograd.Function):
         return total, None
 
 
-class _Layer(nn.Module):
+class _Layer(nn.Module, ABC):
     """What linear and convolutional layers share: the basis, the edges, and the layout of an edge's vector."""
 
     edges: Edges
@@ -90,9 +91,9 @@ class _Layer(nn.Module):
             return self.basis(x.float(), dim).to(x.dtype)  # type: ignore[no-any-return]
         return self.basis(x, dim)  # type: ignore[no-any-return]
 
+    @abstractmethod
     def outside_share(self, x: torch.Tensor) -> float:
         """Share of the inputs x that leave the range on which the basis is meant. (A norm comes first.)"""
-        raise NotImplementedError
 
     def _kept(self, function: Any, *args: Any) -> torch.Tensor:
         """function(*args), with what it computes kept for the backward pass or, with ``recompute``, not."""
