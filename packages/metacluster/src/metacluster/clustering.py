@@ -137,8 +137,8 @@ def _lloyd(x: np.ndarray, k: int, seed: int, n_init: int) -> np.ndarray:
         if len(x) <= sample:
             return KMeans(k, n_init=n_init, tol=0, random_state=seed).fit(x).labels_
         chosen = np.random.default_rng(seed).choice(len(x), sample, replace=False)
-        starts = KMeans(k, n_init=n_init, max_iter=50, random_state=seed).fit(x[chosen])
-        return KMeans(k, init=starts.cluster_centers_, n_init=1, max_iter=20).fit(x).labels_
+        starts = KMeans(k, n_init=n_init, max_iter=20, random_state=seed).fit(x[chosen])
+        return KMeans(k, init=starts.cluster_centers_, n_init=1, max_iter=10).fit(x).labels_
 
 
 def _distinct(x: np.ndarray, k: int) -> tuple[np.ndarray | None, np.ndarray]:

@@ -162,7 +162,7 @@ class KANLinear(_Layer):
         """The same from the codebook and packed indices, a block of outputs at a time; no gradient."""
         inputs = x if self.norm is None else self.norm(x)
         spline, base = self.effective(edges.codebook)
-        many = 8 * len(edges.codebook) <= self.out_features and len(x) >= 32
+        many = 32 * len(edges.codebook) <= self.out_features and len(x) >= 32
         if many and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             return self._by_table(x, inputs, edges, spline, base)
         features = self.values(inputs).flatten(1)  # [B, I·G]
