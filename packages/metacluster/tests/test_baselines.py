@@ -33,7 +33,7 @@ METHODS: dict[str, Any] = {
     "pruned to 0.3": lambda v: b.magnitude_pruning(v, 0.3),
     "Gaussian mixture, K=6": lambda v: b.gaussian_mixture(v, 6, seed=1),
     "agglomerative (Ward), K=6": lambda v: b.agglomerative(v, 6),
-    "post-hoc meta-learner, d_emb=2": lambda v: b.post_hoc_meta_learner(v, 2, 8, seed=1, steps=60),
+    "post-hoc meta-learner, d_emb=2": lambda v: b.post_hoc_meta_learner(v, 2, 8, seed=1, steps=30),
 }
 
 

@@ -21,8 +21,8 @@ QUICK: dict[str, Any] = {"hidden": (16,), "clusters": 8, "random_state": 0}
 
 @parametrize_with_checks(
     [
-        MetaClusterClassifier(**QUICK, epochs=12, finetune_epochs=2, batch_size=16),
-        MetaClusterRegressor(**QUICK, epochs=40, finetune_epochs=3, batch_size=16, lr=3e-3, embedding_lr=3e-2),
+        MetaClusterClassifier(**QUICK, epochs=8, finetune_epochs=1, batch_size=16),
+        MetaClusterRegressor(**QUICK, epochs=20, finetune_epochs=2, batch_size=16, lr=3e-3, embedding_lr=3e-2),
     ]
 )
 def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
