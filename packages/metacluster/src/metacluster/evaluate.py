@@ -102,9 +102,9 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
         found |= {f"outside_{name}": share for name, share in shares.items() if share > 0}
         far = [f"{100 * share:.1f} % of the inputs of {name}" for name, share in shares.items() if share > 0.05]
         if far:
+            mend = "widen --input-range" if config.norm != "none" else "widen --input-range or use --norm plain"
             warnings.warn(
-                f"{', '.join(far)} leave the range of the basis, far from which an edge is its base term alone: widen "
-                "--input-range or use --norm plain",
+                f"{', '.join(far)} leave the range of the basis, far from which an edge is its base term alone: {mend}",
                 stacklevel=2,
             )
     if options.baselines:
