@@ -214,7 +214,7 @@ def test_commands(tmp_path: Path) -> None:
     assert full["bits_per_index"] == "3, 3"
     half = compress_run(CompressOptions(run=run.folder, clusters=8, half=True, output=tmp_path / "half"))
     assert half["file_bytes"] < found["file_bytes"]
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="exists and is no empty folder"):
         compress_run(CompressOptions(run=run.folder, clusters=8, output=run.folder))
     with pytest.raises(UserError, match="0 clusters"):
         compress_run(CompressOptions(run=run.folder, clusters=0))

@@ -408,8 +408,8 @@ def compress_run(options: CompressOptions) -> dict[str, Any]:
     clusters = run.config.clusters if options.clusters is None else options.clusters
     scope = options.scope or run.config.scope
     folder = options.output or options.run / f"compressed-{clusters}-{scope}"
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty: give another --output, or remove it")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder: give another --output, or remove it")
     model = recompress(run, clusters=clusters, scope=scope, finetune_epochs=options.finetune_epochs)
     path = save_packed(model, folder, half=options.half)
     stored = load_packed(folder).to(next(model.parameters()).device)
