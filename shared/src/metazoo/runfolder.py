@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -154,7 +155,8 @@ class RunFolder:
         """Close the metrics file and give the lock back."""
         for file in (self._metrics, self._lock):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a row that a full disk refuses was reported when it was logged
+                    file.close()
         self._metrics = self._lock = None
 
 

@@ -1,0 +1,341 @@
+"""Episodes: a stream of labelled examples of new tasks, in task order, then queries.
+
+Shapes: B episodes, T tasks, S shots, M = T·S stream examples, Q queries, O numbers of a target.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from metazoo.data import check_finite
+from metazoo.errors import UserError
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from mambacl.config import Config
+
+
+class Episode(NamedTuple):
+    """B episodes.
+
+    x [B, M, *shape]; y: codes [B, M] int64 (a random injection of the T classes into the vocabulary), or targets
+    [B, M, O]; task [B, M], 0 … T − 1, which never falls; query_x [B, Q, *shape], query_y, query_task [B, Q].
+    """
+
+    x: Tensor
+    y: Tensor
+    task: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    query_task: Tensor
+
+    def to(self, device: torch.device | str) -> Episode:
+        """On another device."""
+        return Episode(*(tensor.to(device) for tensor in self))
+
+    def take(self, index: Tensor | slice) -> Episode:
+        """Some of the B episodes."""
+        return Episode(*(tensor[index] for tensor in self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig:
+    """How long an episode is: T tasks, S shots, and what is asked."""
+
+    tasks: int
+    shots: int
+    test_shots: int = 1
+    queries: int | None = None
+    """Queries of random tasks of the episode; None: ``test_shots`` of every task, in task order."""
+    vocabulary: int = 0
+    """Symbols that codes of classes are drawn from."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on the raw inputs, of stream and queries."""
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "shots", "test_shots"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.noise < 0:
+            raise UserError(f"noise is {self.noise}: give 0 or more")
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """The episodes of meta-training."""
+        names = ("tasks", "shots", "test_shots", "queries", "vocabulary")
+        return cls(**{name: getattr(config, name) for name in names})
+
+    def places(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Tasks of stream and queries, and the rank of each query among its task's: [B, M], [B, Q], [B, Q]."""
+        stream = torch.arange(self.tasks).repeat_interleave(self.shots).expand(count, -1)
+        if self.queries is None:
+            asked = torch.arange(self.tasks).repeat_interleave(self.test_shots).expand(count, -1)
+        else:
+            asked = torch.randint(self.tasks, (count, self.queries), generator=generator)
+        same = asked.unsqueeze(2) == asked.unsqueeze(1)
+        return stream, asked, same.tril(-1).sum(2)
+
+
+class Episodes(IterableDataset[Episode]):
+    """A source of episodes.
+
+    Args:
+        kind: class (codes), vector, angle (cosine and sine) or image (−1 … 1). shape: of an example. outputs: O of
+            targets; 0 for classes. setting: of episodes that are drawn. seed: of iteration.
+    """
+
+    def __init__(self, kind: str, shape: tuple[int, ...], outputs: int, setting: EpisodeConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.kind, self.shape, self.outputs, self.setting, self.seed = kind, shape, outputs, setting, seed
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator, setting: EpisodeConfig | None = None) -> Episode:
+        """``count`` episodes at once, by ``generator`` alone; ``setting`` in place of the source's own.
+
+        Raises:
+            UserError: more classes than symbols, or too few classes or examples.
+        """
+
+    def __iter__(self) -> Iterator[Episode]:
+        """Single episodes without end, [M, …], the same ones each time (in each worker its own)."""
+        worker = torch.utils.data.get_worker_info()
+        generator = torch.Generator().manual_seed(self.seed * 1009 + (0 if worker is None else worker.id))
+        while True:
+            yield self.draw(1, generator).take(0)  # type: ignore[arg-type]
+
+
+def codes(count: int, setting: EpisodeConfig, generator: torch.Generator) -> Tensor:
+    """A random injection of T classes into the vocabulary for each episode [B, T].
+
+    Raises:
+        UserError: more classes than symbols.
+    """
+    if setting.tasks > setting.vocabulary:
+        raise UserError(
+            f"{setting.tasks} classes, but a vocabulary of {setting.vocabulary} symbols: train with a larger "
+            "--vocabulary, or ask for fewer tasks"
+        )
+    return torch.rand(count, setting.vocabulary, generator=generator).argsort(1)[:, : setting.tasks]
+
+
+def noisy(x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """x + N(0, noise²)."""
+    return x + noise * torch.randn(x.shape, generator=generator) if noise else x
+
+
+class FeatureEpisodes(Episodes):
+    """Gaussian classes: mean μ ~ N(0, I), examples μ + spread · N(0, I); like frozen features, but exactly known.
+
+    Args:
+        dimension: columns. spread: standard deviation within a class.
+    """
+
+    def __init__(self, dimension: int, spread: float, setting: EpisodeConfig, seed: int = 0) -> None:
+        super().__init__("class", (dimension,), 0, setting, seed)
+        self.spread = spread
+
+    def draw(self, count: int, generator: torch.Generator, setting: EpisodeConfig | None = None) -> Episode:
+        setting = setting or self.setting
+        symbols = codes(count, setting, generator)
+        task, asked, _ = setting.places(count, generator)
+        means = torch.randn(count, setting.tasks, *self.shape, generator=generator)
+        rows = torch.arange(count).unsqueeze(1)
+        x, query_x = (
+            noisy(noisy(means[rows, its], self.spread, generator), setting.noise, generator) for its in (task, asked)
+        )
+        return Episode(x, symbols.gather(1, task), task, query_x, symbols.gather(1, asked), asked)
+
+
+class SineEpisodes(Episodes):
+    """Sine regression of the precursor: x and y are curves at 50 times t = 0 … 10.
+
+    Of a task: frequency ~ U(0.1, 1.1) and two phases ~ U(0, 2π); of an example: amplitude ~ U(0.5, 1.5).
+    x = a sin(2π f t + φ_x) + N(0, 0.1²), y = a sin(2π f t + φ_y).
+    """
+
+    POINTS, NOISE = 50, 0.1
+
+    def __init__(self, setting: EpisodeConfig, seed: int = 0) -> None:
+        super().__init__("vector", (self.POINTS,), self.POINTS, setting, seed)
+
+    def draw(self, count: int, generator: torch.Generator, setting: EpisodeConfig | None = None) -> Episode:
+        setting = setting or self.setting
+        task, asked, _ = setting.places(count, generator)
+
+        def uniform(low: float, high: float, *size: int) -> Tensor:
+            return low + (high - low) * torch.rand(*size, generator=generator)
+
+        frequency = uniform(0.1, 1.1, count, setting.tasks)
+        phases = uniform(0, 2 * math.pi, 2, count, setting.tasks)
+        rows = torch.arange(count).unsqueeze(1)
+        times = torch.linspace(0, 10, self.POINTS)
+
+        def curves(its: Tensor) -> tuple[Tensor, Tensor]:
+            amplitude = uniform(0.5, 1.5, *its.shape).unsqueeze(-1)
+            angle = 2 * math.pi * frequency[rows, its].unsqueeze(-1) * times
+            x, y = (amplitude * torch.sin(angle + phase[rows, its].unsqueeze(-1)) for phase in phases)
+            return noisy(noisy(x, self.NOISE, generator), setting.noise, generator), y
+
+        (x, y), (query_x, query_y) = curves(task), curves(asked)
+        return Episode(x, y, task, query_x, query_y, asked)
+
+
+class ClassEpisodes(Episodes):
+    """Classes of a labelled set: T of them without replacement, and of each S examples and its queries, all different.
+
+    Args:
+        x: examples [N, *shape], float32, or uint8 images [N, C, height, width], which are scaled to −1 … 1 when drawn.
+        y: class of each, int64 [N], any numbers.
+
+    Raises:
+        UserError: no examples, or x and y of different lengths.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, setting: EpisodeConfig, seed: int = 0) -> None:
+        if len(x) != len(y) or not len(x):
+            raise UserError(f"{len(x)} examples and {len(y)} labels: give one for each")
+        super().__init__("class", tuple(x.shape[1:]), 0, setting, seed)
+        self.x, self.y = x, y
+        self.classes, place = y.unique(return_inverse=True)
+        self.order = place.argsort(stable=True)  # examples, class after class
+        self.counts = torch.bincount(place)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def draw(self, count: int, generator: torch.Generator, setting: EpisodeConfig | None = None) -> Episode:
+        setting = setting or self.setting
+        symbols = codes(count, setting, generator)
+        task, asked, chosen, asked_for = self.choose(count, generator, setting)
+        x, query_x = (noisy(scaled(self.x[index]), setting.noise, generator) for index in (chosen, asked_for))
+        return Episode(x, symbols.gather(1, task), task, query_x, symbols.gather(1, asked), asked)
+
+    def choose(
+        self, count: int, generator: torch.Generator, setting: EpisodeConfig
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tasks of stream and queries [B, M], [B, Q], and which examples they are.
+
+        Raises:
+            UserError: too few classes or examples, by number.
+        """
+        total = len(self.classes)
+        if setting.tasks > total:
+            raise UserError(f"{setting.tasks} tasks, but this part has {total} classes: ask for fewer")
+        task, asked, rank = setting.places(count, generator)
+        each = setting.shots + (setting.test_shots if setting.queries is None else int(rank.max()) + 1)
+        if each > int(self.counts.min()):
+            least = int(self.counts.argmin())
+            raise UserError(
+                f"class {int(self.classes[least])} has {int(self.counts[least])} examples, an episode wants {each} of "
+                "it: ask for fewer shots or queries, or leave the class out"
+            )
+        drawn = torch.rand(count, total, generator=generator).argsort(1)[:, : setting.tasks]  # [B, T]
+        most = int(self.counts[drawn].max())
+        lottery = torch.rand(count, setting.tasks, most, generator=generator)
+        lottery.masked_fill_(torch.arange(most) >= self.counts[drawn].unsqueeze(-1), 2.0)
+        picks = self.order[self.starts[drawn].unsqueeze(-1) + lottery.argsort(-1)[..., :each]]  # [B, T, S + queries]
+        rows = torch.arange(count).unsqueeze(1)
+        chosen = picks[:, :, : setting.shots].flatten(1)
+        return task, asked, chosen, picks[rows, asked, setting.shots + rank]
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Images 0 … 255 as −1 … 1; anything else as it is."""
+    return x.float().mul(2 / 255).sub(1) if x.dtype == torch.uint8 else x
+
+
+class RotationEpisodes(ClassEpisodes):
+    """By which angle was the image rotated? The tasks are classes: which way up one stands, its stream tells.
+
+    Angles are U(0, 2π), targets (cos, sin). (The precursor adds an offset to the angles of a task; as image and target
+    both have it, they are distributed as without.)
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, setting: EpisodeConfig, seed: int = 0) -> None:
+        super().__init__(x, y, setting, seed)
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise UserError("only images can be rotated: use --variant classes")
+        self.kind, self.outputs = "angle", 2
+
+    def draw(self, count: int, generator: torch.Generator, setting: EpisodeConfig | None = None) -> Episode:
+        setting = setting or self.setting
+        task, asked, chosen, asked_for = self.choose(count, generator, setting)
+        parts = []
+        for index in (chosen, asked_for):
+            angle = 2 * math.pi * torch.rand(index.shape, generator=generator)
+            x = noisy(rotate(scaled(self.x[index]), angle), setting.noise, generator)
+            parts.append((x, torch.stack([torch.cos(angle), torch.sin(angle)], -1)))
+        (x, y), (query_x, query_y) = parts
+        return Episode(x, y, task, query_x, query_y, asked)
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Images [B, M, C, height, width] turned anticlockwise by angle [B, M] in radians, bilinear, white (1) outside."""
+    flat, turned = x.flatten(0, 1), angle.flatten()
+    cos, sin, zero = torch.cos(turned), torch.sin(turned), torch.zeros_like(turned)
+    ratio = x.shape[-1] / x.shape[-2]  # of width to height: grid coordinates are −1 … 1 in both
+    rows = torch.stack([torch.stack([cos, -sin / ratio, zero], -1), torch.stack([sin * ratio, cos, zero], -1)], 1)
+    grid = F.affine_grid(rows, list(flat.shape), align_corners=False)
+    dark = F.grid_sample(flat - 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (dark + 1).view_as(x)
+
+
+class CompletionEpisodes(ClassEpisodes):
+    """The lower half of an image from its upper half: x [C, height / 2, width], targets −1 … 1, flattened."""
+
+    def __init__(self, x: Tensor, y: Tensor, setting: EpisodeConfig, seed: int = 0) -> None:
+        super().__init__(x, y, setting, seed)
+        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[2] % 2:
+            raise UserError("only images of even height can be completed: use --variant classes, or an even size")
+        channels, height, width = x.shape[1:]
+        self.kind, self.shape, self.outputs = "image", (channels, height // 2, width), channels * height // 2 * width
+
+    def draw(self, count: int, generator: torch.Generator, setting: EpisodeConfig | None = None) -> Episode:
+        setting = setting or self.setting
+        task, asked, chosen, asked_for = self.choose(count, generator, setting)
+        parts = []
+        for index in (chosen, asked_for):
+            upper, lower = scaled(self.x[index]).chunk(2, 3)
+            parts.append((noisy(upper, setting.noise, generator), lower.flatten(2)))
+        (x, y), (query_x, query_y) = parts
+        return Episode(x, y, task, query_x, query_y, asked)
+
+
+def validate(episode: Episode, kind: str, vocabulary: int, *, task_order: bool = False) -> None:
+    """Check an episode that comes from outside.
+
+    Args:
+        task_order: tasks must come one after the other, as a loss on tasks needs it.
+
+    Raises:
+        UserError: shapes that do not agree, an empty stream, NaN, codes outside the vocabulary, a query whose label or
+            task is not in the stream, or tasks that come back.
+    """
+    x, y, task, query_x, query_y, query_task = episode
+    if x.ndim < 3 or not x.shape[1] or not query_x.shape[1]:
+        raise UserError("an episode without stream or queries: give at least one shot and one query")
+    pairs = (("y", y, x), ("task", task, x), ("query_y", query_y, query_x), ("query_task", query_task, query_x))
+    for name, labels, of in pairs:
+        if labels.shape[:2] != of.shape[:2]:
+            raise UserError(f"{name} is {tuple(labels.shape)} for examples {tuple(of.shape)}: one for each")
+    if query_x.shape[2:] != x.shape[2:] or len(query_x) != len(x):
+        raise UserError(f"queries are {tuple(query_x.shape)}, the stream {tuple(x.shape)}: give the same kind of both")
+    for name, values in (("x", x), ("query_x", query_x)):
+        check_finite(values.numpy(), name)
+    if kind == "class":
+        if int(torch.cat([y, query_y], 1).max()) >= vocabulary or int(torch.cat([y, query_y], 1).min()) < 0:
+            raise UserError(f"a code is outside 0 … {vocabulary - 1}: more classes than the vocabulary has symbols")
+        unseen = ~(query_y.unsqueeze(2) == y.unsqueeze(1)).any(2)
+        if unseen.any():
+            b, j = (int(i) for i in unseen.nonzero()[0])
+            raise UserError(
+                f"episode {b}, query {j}: label {int(query_y[b, j])} is not in the stream: show it before asking"
+            )
+    if not (query_task.unsqueeze(2) == task.unsqueeze(1)).any(2).all():
+        raise UserError("a query of a task that is not in the stream: show the task before asking")
+    if task_order and (task.diff(dim=1) < 0).any():
+        raise UserError("tasks come back in the stream: sort its examples by task, or leave the loss on tasks out")
