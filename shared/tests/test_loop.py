@@ -125,3 +125,14 @@ def test_metrics_survive_a_broken_last_line(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         list(runfolder.read_metrics(path))
+
+
+def test_row_that_a_full_disk_refuses_is_reported_once(tmp_path: Path) -> None:
+    """The folder closes after it: what is left of the row in the buffer is no second error."""
+    folder = runfolder.RunFolder(tmp_path / "run", Config())
+    folder.metrics_path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write"):
+        folder.log({"step": 1, "loss": 0.5})
+    folder.close()
+    again = runfolder.RunFolder(tmp_path / "run", Config(), resume=True)  # the lock was given back
+    again.close()
