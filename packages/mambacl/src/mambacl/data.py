@@ -146,16 +146,15 @@ def _split(name: str, table: _Table, config: Config, setting: EpisodeConfig) -> 
                 "change --meta-test-classes"
             )
     sizes = np.bincount(table.y, minlength=total)
-    wanted = setting.shots + (setting.test_shots if setting.queries is None else 1)
+    wanted = setting.most_of_a_task
     if sizes.min() < wanted:
         least = int(sizes.argmin())
         raise UserError(
-            f"{name}: class {table.names[least]} has {sizes[least]} examples, an episode wants {wanted} of it: ask for "
-            "fewer --shots or --test-shots, or leave the class out"
+            f"{name}: class {table.names[least]} has {sizes[least]} examples, an episode may want {wanted} of it: ask "
+            "for fewer --shots, --test-shots or --queries, or leave the class out"
         )
     if table.columns:
-        table.x = _standardised(table.x, table.x[~held])
-        check_finite(table.x, f"{name}, standardised")
+        table.x = _standardised(table.x, table.x[~held], name)
     kind = {"classes": ClassEpisodes, "rotation": RotationEpisodes, "completion": CompletionEpisodes}[config.variant]
     x, y = torch.from_numpy(table.x), torch.from_numpy(table.y.astype(np.int64))
     parts = [kind(x[mask], y[mask], setting, config.seed + i) for i, mask in enumerate((~held, held))]
@@ -169,12 +168,18 @@ def _shuffled(total: int) -> list[int]:
     return order
 
 
-def _standardised(x: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Columns of x with the mean 0 and the deviation 1 that those of ``by`` then have; float32."""
-    with np.errstate(over="ignore", invalid="ignore"):  # checked by the caller
+def _standardised(x: np.ndarray, by: np.ndarray, name: str) -> np.ndarray:
+    """Columns of x, float32, shifted and scaled so that those of ``by`` have the mean 0 and the deviation 1.
+
+    Raises:
+        UserError: numbers too large for it.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
         deviation = by.std(0)
-        scaled = (x - by.mean(0)) / np.where(deviation > 0, deviation, 1.0)
-        return scaled.astype(np.float32)
+        check_finite(deviation, f"{name}: deviations of the columns")
+        scaled = ((x - by.mean(0)) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
+    check_finite(scaled, f"{name}: standardised columns")
+    return scaled
 
 
 class OmniglotEpisodes(ClassEpisodes):

@@ -62,14 +62,21 @@ class EpisodeConfig:
         for name in ("tasks", "shots", "test_shots"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
-        if self.noise < 0:
-            raise UserError(f"noise is {self.noise}: give 0 or more")
+        if self.queries is not None and self.queries < 1:
+            raise UserError(f"queries is {self.queries}: give 1 or more, or None")
+        if not 0 <= self.noise < math.inf:
+            raise UserError(f"noise is {self.noise}: give 0 or a number above it")
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
         """The episodes of meta-training."""
         names = ("tasks", "shots", "test_shots", "queries", "vocabulary")
         return cls(**{name: getattr(config, name) for name in names})
+
+    @property
+    def most_of_a_task(self) -> int:
+        """Examples of one task that an episode may need."""
+        return self.shots + (self.test_shots if self.queries is None else self.queries)
 
     def places(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Tasks of stream and queries, and the rank of each query among its task's: [B, M], [B, Q], [B, Q]."""
@@ -225,14 +232,14 @@ class ClassEpisodes(Episodes):
         total = len(self.classes)
         if setting.tasks > total:
             raise UserError(f"{setting.tasks} tasks, but this part has {total} classes: ask for fewer")
-        task, asked, rank = setting.places(count, generator)
-        each = setting.shots + (setting.test_shots if setting.queries is None else int(rank.max()) + 1)
+        each = setting.most_of_a_task
         if each > int(self.counts.min()):
             least = int(self.counts.argmin())
             raise UserError(
-                f"class {int(self.classes[least])} has {int(self.counts[least])} examples, an episode wants {each} of "
-                "it: ask for fewer shots or queries, or leave the class out"
+                f"class {int(self.classes[least])} has {int(self.counts[least])} examples, an episode may want {each} "
+                "of it: ask for fewer shots or queries, or leave the class out"
             )
+        task, asked, rank = setting.places(count, generator)
         drawn = torch.rand(count, total, generator=generator).argsort(1)[:, : setting.tasks]  # [B, T]
         most = int(self.counts[drawn].max())
         lottery = torch.rand(count, setting.tasks, most, generator=generator)
@@ -324,8 +331,10 @@ def validate(episode: Episode, kind: str, vocabulary: int, *, task_order: bool =
             raise UserError(f"{name} is {tuple(labels.shape)} for examples {tuple(of.shape)}: one for each")
     if query_x.shape[2:] != x.shape[2:] or len(query_x) != len(x):
         raise UserError(f"queries are {tuple(query_x.shape)}, the stream {tuple(x.shape)}: give the same kind of both")
-    for name, values in (("x", x), ("query_x", query_x)):
-        check_finite(values.numpy(), name)
+    if y.shape[2:] != query_y.shape[2:]:
+        raise UserError(f"labels are {tuple(y.shape)}, those of queries {tuple(query_y.shape)}: give the same of both")
+    for name, values in (("x", x), ("query_x", query_x), ("y", y), ("query_y", query_y)):
+        check_finite(values.cpu().numpy(), name)
     if kind == "class":
         if int(torch.cat([y, query_y], 1).max()) >= vocabulary or int(torch.cat([y, query_y], 1).min()) < 0:
             raise UserError(f"a code is outside 0 … {vocabulary - 1}: more classes than the vocabulary has symbols")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from mambacl.train import Run
@@ -32,8 +33,10 @@ def training(run: Run, path: Path) -> None:
     sequence = "selectivity" in rows[0]
     figure = Figure(figsize=(9 if sequence else 5, 3.6), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, 2 if sequence else 1))
-    panels[0].plot(steps, [row["task_loss"] for row in rows], color=COLOURS[0], alpha=0.8, label="batch")
-    panels[0].set(xlabel="step", ylabel="loss of the queries", yscale="log")
+    losses = [row["task_loss"] for row in rows]
+    panels[0].plot(steps, losses, color=COLOURS[0], alpha=0.8)
+    scale = "log" if min(losses) > 0 and max(losses) > 20 * min(losses) else "linear"
+    panels[0].set(xlabel="step", ylabel="loss of the queries", yscale=scale)
     tested = [(row["step"], row) for row in rows if any(key.startswith("meta_test_") for key in row)]
     if tested:
         name = next(key for key in tested[0][1] if key.startswith("meta_test_"))
@@ -56,8 +59,8 @@ def by_task(curves: Mapping[str, Sequence[float]], metric: str, path: Path) -> N
     for i, (name, values) in enumerate(curves.items()):
         places = np.arange(1, len(values) + 1)
         axes.plot(places, values, color=COLOURS[i % 8], marker=MARKERS[i % 8], label=name)
-        axes.set_xticks(places if len(places) <= 12 else places[:: len(places) // 10])
     axes.set(xlabel="place of the task in the stream (1: the oldest)", ylabel=LABELS[metric])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     _save(figure, path)
 
@@ -72,6 +75,7 @@ def forgetting(metric: str, matrix: np.ndarray, path: Path) -> None:
         axes.plot(np.arange(t, count) + 1, matrix[t:, t], color=shades[t], marker=".", linewidth=1)
     axes.plot(np.arange(count) + 1, np.nanmean(matrix, 1), color=COLOURS[3], linewidth=2, label="mean of tasks seen")
     axes.set(xlabel="tasks seen", ylabel=f"{LABELS[metric]} (dark: the oldest task)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     _save(figure, path)
 
@@ -88,6 +92,8 @@ def generalization(curves: Mapping[str, Mapping[str, Mapping[float, float]]], me
             x, y = [p[0] for p in points], [p[1] for p in points]
             axes.plot(x, y, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4, label=learner)
         axes.set(xlabel=names[name])
+        if name != "noise":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel(LABELS[metric])
     panels[0].legend(fontsize=7)
     _save(figure, path)
