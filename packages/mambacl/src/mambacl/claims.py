@@ -22,7 +22,7 @@ _MAMBA = replace(PRESETS["small"], eval_every=30)
 _PLAIN = replace(_MAMBA, selectivity=0.0)
 _TRANSFORMER = replace(_MAMBA, method="transformer")
 _LINEAR = replace(_MAMBA, method="linear_transformer")
-_LINEAR_PLAIN = replace(_LINEAR, selectivity=0.0)
+_LINEAR_PLAIN = replace(_LINEAR, selectivity=0.0, lr=3e-3)
 _PERFORMER = replace(_MAMBA, method="performer")
 
 # 5 sine functions x 5 shots, seen once; mean squared error of 5 queries each.
@@ -31,7 +31,7 @@ _SINE_ARMS = {
     "mamba": _SINE,
     "transformer": replace(_SINE, method="transformer"),
     "linear": replace(_SINE, method="linear_transformer"),
-    "performer": replace(_SINE, method="performer"),
+    "performer": replace(_SINE, method="performer", lr=1e-3),
     "oml": replace(_SINE, method="oml"),
 }
 
@@ -39,14 +39,14 @@ _SINE_ARMS = {
 _OMNIGLOT = PRESETS["omniglot"]
 _OMNIGLOT_ARMS = {
     "mamba": _OMNIGLOT,
-    "mamba-plain": replace(_OMNIGLOT, selectivity=0.0),
-    "prototype": replace(_OMNIGLOT, method="prototype"),
+    "mamba-plain": replace(_OMNIGLOT, selectivity=0.0, lr=1e-3),
+    "prototype": replace(_OMNIGLOT, method="prototype", lr=3e-3),
     "gemcl": replace(_OMNIGLOT, method="gemcl"),
-    "transformer": replace(_OMNIGLOT, method="transformer"),
-    "linear": replace(_OMNIGLOT, method="linear_transformer"),
-    "performer": replace(_OMNIGLOT, method="performer"),
-    "oml": replace(_OMNIGLOT, method="oml"),
-    "offline": replace(_OMNIGLOT, method="offline"),
+    "transformer": replace(_OMNIGLOT, method="transformer", lr=1e-3),
+    "linear": replace(_OMNIGLOT, method="linear_transformer", lr=3e-3),
+    "performer": replace(_OMNIGLOT, method="performer", lr=3e-3),
+    "oml": replace(_OMNIGLOT, method="oml", lr=3e-3),
+    "offline": replace(_OMNIGLOT, method="offline", lr=3e-3),
 }
 
 _PAPER, _PAPER_SINE = PRESETS["paper"], PRESETS["paper-sine"]
@@ -327,6 +327,23 @@ CLAIMS: tuple[Claim, ...] = (
         chance=20.0,
         tuning=_tuned(_OMNIGLOT_ARMS, 3),
         also=("accuracy_meta_train", "gap", "nearest_class_mean", "relevant_mass", "parameters"),
+    ),
+    Claim(
+        name="omniglot-selectivity",
+        version=1,
+        source="Section 3.3",
+        statement="On unseen characters the selectivity regulariser makes Mamba at least 10 points more accurate",
+        paper="not stated as a figure; regularisation is needed for Mamba to meta-learn well",
+        metric="accuracy",
+        arms={"small": _OMNIGLOT_ARMS, "paper": _PAPER_OMNIGLOT_ARMS},
+        measure=measure,
+        treatment="mamba",
+        baseline="mamba-plain",
+        margin=10.0,
+        seeds=5,
+        chance=20.0,
+        tuning=_tuned(_OMNIGLOT_ARMS, 3),
+        also=("accuracy_meta_train", "gap", "nearest_class_mean", "parameters"),
     ),
     Claim(
         name="omniglot-prototype",

@@ -266,12 +266,12 @@ PRESETS: dict[str, Config] = {
     "paper-clip": replace(_PAPER, dataset="cifar100", frozen="openai/clip-vit-base-patch16", encoder="linear"),
     "sine": Config(
         dataset="sine", tasks=5, shots=5, test_shots=5, width=64, blocks=2, encoder="mlp", encoder_width=64,
-        heads=4, head_size=16, value_size=16, feedforward=128, steps=2000, batch_size=16, lr=1e-3, decay_every=1400,
+        heads=4, head_size=16, value_size=16, feedforward=128, steps=2000, batch_size=16, lr=3e-3, decay_every=1400,
         eval_episodes=300,
     ),
     "omniglot": Config(
         dataset="omniglot20", image_size=20, tasks=5, shots=2, test_shots=2, vocabulary=5, width=64, blocks=2,
         encoder="conv3", encoder_width=32, heads=4, head_size=16, value_size=16, feedforward=128, steps=1200,
-        batch_size=16, lr=1e-3, decay_every=840, eval_episodes=200,
+        batch_size=16, lr=1e-2, decay_every=840, eval_episodes=200,
     ),
 }  # fmt: skip
