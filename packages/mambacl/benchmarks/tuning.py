@@ -3,7 +3,8 @@
 A trial is scored on held-out episodes: of generated data fresh ones (no measured seed has them), of Omniglot episodes
 of 40 characters that are held out of the 203 for meta-training. The score is the one that the arm is measured by: on
 features the mean over the learning curve of accuracy (so that neither its beginning nor its end alone decides), else
-accuracy or mean squared error at the end. `python tuning.py [GROUP …] [--jobs N] [--output FILE]`;
+accuracy or mean squared error at the end. On sine λ is tuned, too (of OML the start of its inner rate).
+`python tuning.py [GROUP …] [--jobs N] [--output FILE]`; trials that FILE holds are not repeated, and
 results/bench/tuning.json holds what it gave.
 """
 
@@ -21,27 +22,43 @@ from accelerate import Accelerator
 from joblib import Parallel, delayed
 from mambacl import data
 from mambacl.claims import CLAIMS
-from mambacl.config import Config
+from mambacl.config import PRESETS, Config
 from mambacl.data import ClassEpisodes, Data
 from mambacl.evaluate import meta_test
 from mambacl.train import MambaCLLearner
 from tqdm import tqdm
 
 SEED, HELD_OUT = 100, 40
+SINE = {
+    arm: replace(PRESETS["sine"], method=method)
+    for arm, method in {
+        "mamba": "mamba", "transformer": "transformer", "linear": "linear_transformer", "performer": "performer",
+        "oml": "oml",
+    }.items()
+}  # fmt: skip
+TUNED = ("lr", "selectivity", "inner_lr")
+RATES = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
 GROUPS: dict[str, dict[str, Any]] = {
     "features": {
-        "lr": (3e-3, 1e-2, 3e-2, 1e-1),
+        "trials": [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2, 1e-1)],
         "arms": {
             "selectivity-final": ("mamba", "plain", "linear", "linear-plain"),
             "longer-streams": ("transformer", "transformer-no-positions", "performer"),
         },
     },
     "sine": {
-        "lr": (1e-3, 3e-3, 1e-2),
+        "trials": [
+            *({"lr": lr, "selectivity": 1.0} for lr in (1e-3, 3e-3, 1e-2)),
+            *({"lr": lr, "selectivity": 0.0} for lr in (1e-3, 3e-3)),
+        ],
+        "oml": [
+            *({"lr": lr, "inner_lr": 0.03} for lr in (1e-3, 3e-3, 1e-2)),
+            *({"lr": lr, "inner_lr": 0.1} for lr in (1e-3, 3e-3)),
+        ],
         "arms": {"sine-recurrent": ("mamba", "transformer", "linear", "performer", "oml")},
     },
     "omniglot": {
-        "lr": (1e-3, 3e-3, 1e-2),
+        "trials": RATES,
         "arms": {
             "omniglot-linear": (
                 "mamba", "mamba-plain", "prototype", "gemcl", "transformer", "linear", "performer", "oml", "offline",
@@ -86,26 +103,28 @@ def best(trials: list[dict[str, float]]) -> dict[str, float]:
     return max(scored, key=lambda t: t.get("curve", t.get("accuracy", -t.get("mse", 0.0))))
 
 
-def tune(groups: list[str], jobs: int) -> dict[str, Any]:
-    """All trials of the groups, and each arm's best."""
-    claims = {claim.name: claim for claim in CLAIMS}
+def tune(groups: list[str], jobs: int, known: dict[str, Any]) -> dict[str, Any]:
+    """All trials of the groups that are not ``known`` yet, and each arm's best."""
+    measured = {claim.name: claim.arms["small"] for claim in CLAIMS} | {"sine-recurrent": SINE}
+    found: dict[str, Any] = {group: {arm: dict(row) for arm, row in known.get(group, {}).items()} for group in GROUPS}
     calls = []
     for group in groups:
         for claim, arms in GROUPS[group]["arms"].items():
             for arm in arms:
-                config = claims[claim].arms["small"][arm]
+                config = measured[claim][arm]
                 assert isinstance(config, Config)
-                calls += [(group, arm, lr, replace(config, lr=lr)) for lr in GROUPS[group]["lr"]]
+                done = found[group].setdefault(arm, {"trials": []})["trials"]
+                for chosen in GROUPS[group].get(arm, GROUPS[group]["trials"]):
+                    if chosen not in [{name: t[name] for name in TUNED if name in t} for t in done]:
+                        calls.append((group, arm, chosen, replace(config, **chosen)))
     runs = Parallel(n_jobs=jobs, return_as="generator")(delayed(trial)(config) for *_, config in calls)
-    found: dict[str, Any] = {}
-    for (group, arm, lr, _), result in zip(
-        calls, tqdm(runs, desc="tuning", total=len(calls), disable=None), strict=True
-    ):
-        found.setdefault(group, {}).setdefault(arm, {"trials": []})["trials"].append({"lr": lr, **result})
+    progress = tqdm(runs, desc="tuning", total=len(calls), disable=None)
+    for (group, arm, chosen, _), result in zip(calls, progress, strict=True):
+        found[group][arm]["trials"].append({**chosen, **result})
     for arms in found.values():
         for row in arms.values():
             row["best"] = best(row["trials"])
-    return found
+    return {group: arms for group, arms in found.items() if arms}
 
 
 def main() -> None:
@@ -114,7 +133,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    found = {"seed": SEED, **tune(options.groups, options.jobs)}
+    kept = json.loads(options.output.read_text(encoding="utf-8")) if options.output and options.output.exists() else {}
+    found = {"seed": SEED, **tune(options.groups, options.jobs, kept)}
     text = json.dumps(found, indent=1)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")

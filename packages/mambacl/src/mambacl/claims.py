@@ -25,16 +25,6 @@ _LINEAR = replace(_MAMBA, method="linear_transformer")
 _LINEAR_PLAIN = replace(_LINEAR, selectivity=0.0, lr=3e-3)
 _PERFORMER = replace(_MAMBA, method="performer")
 
-# 5 sine functions x 5 shots, seen once; mean squared error of 5 queries each.
-_SINE = PRESETS["sine"]
-_SINE_ARMS = {
-    "mamba": _SINE,
-    "transformer": replace(_SINE, method="transformer"),
-    "linear": replace(_SINE, method="linear_transformer"),
-    "performer": replace(_SINE, method="performer", lr=1e-3),
-    "oml": replace(_SINE, method="oml"),
-}
-
 # Real characters: 203 for meta-training, 39 of two other alphabets for meta-test.
 _OMNIGLOT = PRESETS["omniglot"]
 _OMNIGLOT_ARMS = {
@@ -49,7 +39,7 @@ _OMNIGLOT_ARMS = {
     "offline": replace(_OMNIGLOT, method="offline", lr=3e-3),
 }
 
-_PAPER, _PAPER_SINE = PRESETS["paper"], PRESETS["paper-sine"]
+_PAPER = PRESETS["paper"]
 _PAPER_METHODS = {
     "transformer": PRESETS["paper-transformer"],
     "linear": PRESETS["paper-linear"],
@@ -180,13 +170,6 @@ _ABLATION = (
     "mamba", "plain", "lambda-0.1", "lambda-0.5", "full", "last-block", "off-after-200", "state-4", "state-64",
     "experts-4", "linear", "linear-plain",
 )  # fmt: skip
-_PAPER_SINE_ARMS = {
-    "mamba": _PAPER_SINE,
-    **{
-        name: replace(config, dataset="sine", encoder="mlp", encoder_width=512, tasks=100)
-        for name, config in {**_PAPER_METHODS, "oml": replace(_PAPER, method="oml")}.items()
-    },
-}
 _PAPER_OMNIGLOT_ARMS = {
     "mamba": _PAPER,
     "mamba-plain": replace(_PAPER, selectivity=0.0),
@@ -274,44 +257,6 @@ CLAIMS: tuple[Claim, ...] = (
         )
     ),
     Claim(
-        name="sine-recurrent",
-        version=1,
-        source="Section 4.2, sine regression",
-        statement="Of learners with a fixed-size state Mamba has at most 0.7 times the Linear Transformer's error",
-        paper="not stated for Mamba; at 100 tasks Transformer .003, Linear Transformer .014 (precursor's poster)",
-        metric="mse",
-        arms={"small": _SINE_ARMS, "paper": _PAPER_SINE_ARMS},
-        measure=measure,
-        treatment="mamba",
-        baseline="linear",
-        compare="ratio",
-        better="less",
-        margin=0.7,
-        seeds=5,
-        chance=0.5417,
-        tuning=dict.fromkeys(_SINE_ARMS, 3),
-        also=("mse_meta_train", "relevant_mass", "parameters"),
-    ),
-    Claim(
-        name="sine-transformer",
-        version=1,
-        source="Section 4.2, sine regression",
-        statement="The Transformer, whose memory grows, has a lower error than Mamba with its fixed-size state",
-        paper="not stated for Mamba; at 100 tasks Transformer .003, Linear Transformer .014 (precursor's poster)",
-        metric="mse",
-        arms={"small": _SINE_ARMS, "paper": _PAPER_SINE_ARMS},
-        measure=measure,
-        treatment="transformer",
-        baseline="mamba",
-        compare="ratio",
-        better="less",
-        margin=1.0,
-        seeds=5,
-        chance=0.5417,
-        tuning=dict.fromkeys(_SINE_ARMS, 3),
-        also=("mse_meta_train", "relevant_mass", "parameters"),
-    ),
-    Claim(
         name="omniglot-linear",
         version=1,
         source="Section 4.2, tables",
@@ -326,7 +271,7 @@ CLAIMS: tuple[Claim, ...] = (
         seeds=5,
         chance=20.0,
         tuning=_tuned(_OMNIGLOT_ARMS, 3),
-        also=("accuracy_meta_train", "gap", "nearest_class_mean", "relevant_mass", "parameters"),
+        also=("accuracy_meta_train", "gap", "nearest_class_mean", "parameters"),
     ),
     Claim(
         name="omniglot-selectivity",
@@ -429,7 +374,6 @@ def plot(folder: Path, scale: str) -> None:
     if {"mamba", "plain"} <= set(maps):
         shown = {"λ = 1": maps["mamba"], "λ = 0": maps["plain"]}
         plots.associations(shown, folder / f"associations-{scale}.png")
-    for claim, metric, name in (("omniglot-linear", "accuracy", "omniglot"), ("sine-recurrent", "mse", "sine")):
-        found = means(claim, "by_task")
-        if found:
-            plots.by_task(found, metric, folder / f"forgetting-{name}-{scale}.png")
+    found = means("omniglot-linear", "by_task")
+    if found:
+        plots.by_task(found, "accuracy", folder / f"forgetting-omniglot-{scale}.png")

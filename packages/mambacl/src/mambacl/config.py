@@ -267,7 +267,7 @@ PRESETS: dict[str, Config] = {
     "sine": Config(
         dataset="sine", tasks=5, shots=5, test_shots=5, width=64, blocks=2, encoder="mlp", encoder_width=64,
         heads=4, head_size=16, value_size=16, feedforward=128, steps=2000, batch_size=16, lr=3e-3, decay_every=1400,
-        eval_episodes=300,
+        eval_episodes=300, selectivity=0.0,
     ),
     "omniglot": Config(
         dataset="omniglot20", image_size=20, tasks=5, shots=2, test_shots=2, vocabulary=5, width=64, blocks=2,
