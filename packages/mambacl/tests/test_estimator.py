@@ -70,6 +70,19 @@ def test_one_by_one_is_all_at_once(trained: MambaContinualClassifier) -> None:
     assert trained.state_.tokens == 24
 
 
+def test_class_by_class_is_all_at_once(trained: MambaContinualClassifier) -> None:
+    """A given learner takes columns as they are: what comes first does not change what the rest is."""
+    X, y = table(3, 4)
+    answers = []
+    for size in (4, 12):
+        model = MambaContinualClassifier(trained.learner_, random_state=0)
+        for start in range(0, 12, size):
+            model.partial_fit(X[start : start + size], y[start : start + size])
+        assert (model.feature_scale_ == 1).all()
+        answers.append((model.state_.tokens if model.state_ else 0, float(model.feature_mean_.sum())))
+    assert answers[0] == answers[1] == (24, 0.0)
+
+
 def test_state_has_one_size(trained: MambaContinualClassifier) -> None:
     trained._forget()
     sizes = []

@@ -44,8 +44,8 @@ class MambaContinualClassifier(ClassifierMixin, BaseEstimator):
     Two kinds of learning. *Meta-training*, once: :meth:`meta_fit` on a table of other classes' features (the more
     classes the better), or a learner that is given, or else, at the first fit, generated classes (normal means,
     ``spread`` within). *Learning*, by :meth:`partial_fit`: the examples are read once, in their order, into the state;
-    no weights change and nothing is replayed. Columns are standardised by the means and deviations of the table of
-    meta-training, or of the first examples where there was none.
+    no weights change and nothing is replayed. Columns are standardised by the table of
+    :meth:`meta_fit`; without one they are taken as they are (generated classes have means of deviation 1).
 
     Args:
         learner: a meta-trained :class:`ContinualLearner` of classes, or a folder of its ``save_pretrained``; None for
@@ -147,7 +147,8 @@ class MambaContinualClassifier(ClassifierMixin, BaseEstimator):
         known = self._codes if hasattr(self, "state_") else {}
         names = np.unique(labels)
         if fresh:
-            self._remember_scale(x)
+            # one class's columns say nothing about the others': without a table of meta_fit, columns stay as they are
+            self.feature_mean_, self.feature_scale_ = np.zeros(x.shape[1]), np.ones(x.shape[1])
             self._prepare(x.shape[1])
         coming = {*known, *names.tolist(), *(np.unique(np.asarray(classes)).tolist() if classes is not None else [])}
         if len(coming) > self.learner_.outputs:
