@@ -64,8 +64,8 @@ def test_one_by_one_is_all_at_once(trained: MambaContinualClassifier) -> None:
     for i in range(len(X)):
         trained.partial_fit(X[i : i + 1], y[i : i + 1])
         trained.predict(X)
-    if trained._codes == codes:
-        assert np.allclose(trained.predict_proba(X), whole, atol=1e-4)
+    assert trained._codes == codes
+    assert np.allclose(trained.predict_proba(X), whole, atol=1e-4)
     assert trained.state_ is not None
     assert trained.state_.tokens == 24
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import mambapy.mamba as peer_module
 import pytest
 import torch
+import transformers
 from mambacl.data import Episode, EpisodeConfig, FeatureEpisodes
 from mambacl.model import BatchNorm, ContinualLearner, Encoder, ExpertMLP, MambaBlock, sinusoids
 from mambacl.scan import scan_quadratic
@@ -121,7 +123,6 @@ def test_state_size_does_not_depend_on_the_stream() -> None:
 
 def test_weights_of_mambapy_give_its_outputs() -> None:
     """The same block as mambapy's, weight for weight."""
-    peer_module = pytest.importorskip("mambapy.mamba")
     peer = peer_module.ResidualBlock(peer_module.MambaConfig(d_model=32, n_layers=1))
     ours = MambaBlock(32)
     names = {
@@ -136,7 +137,6 @@ def test_weights_of_mambapy_give_its_outputs() -> None:
 
 def test_weights_of_transformers_give_its_outputs() -> None:
     """And as transformers' MambaModel, two blocks and the last norm."""
-    transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
         hidden_size=32, num_hidden_layers=2, state_size=16, expand=2, conv_kernel=4, vocab_size=8, use_cache=False
     )
