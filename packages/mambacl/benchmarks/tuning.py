@@ -22,20 +22,13 @@ from accelerate import Accelerator
 from joblib import Parallel, delayed
 from mambacl import data
 from mambacl.claims import CLAIMS
-from mambacl.config import PRESETS, Config
+from mambacl.config import Config
 from mambacl.data import ClassEpisodes, Data
 from mambacl.evaluate import meta_test
 from mambacl.train import MambaCLLearner
 from tqdm import tqdm
 
 SEED, HELD_OUT = 100, 40
-SINE = {
-    arm: replace(PRESETS["sine"], method=method)
-    for arm, method in {
-        "mamba": "mamba", "transformer": "transformer", "linear": "linear_transformer", "performer": "performer",
-        "oml": "oml",
-    }.items()
-}  # fmt: skip
 TUNED = ("lr", "selectivity", "inner_lr")
 RATES = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
 GROUPS: dict[str, dict[str, Any]] = {
@@ -105,7 +98,7 @@ def best(trials: list[dict[str, float]]) -> dict[str, float]:
 
 def tune(groups: list[str], jobs: int, known: dict[str, Any]) -> dict[str, Any]:
     """All trials of the groups that are not ``known`` yet, and each arm's best."""
-    measured = {claim.name: claim.arms["small"] for claim in CLAIMS} | {"sine-recurrent": SINE}
+    measured = {claim.name: claim.arms["small"] for claim in CLAIMS}
     found: dict[str, Any] = {group: {arm: dict(row) for arm, row in known.get(group, {}).items()} for group in GROUPS}
     calls = []
     for group in groups:
