@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 def in_turn(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median and quartiles in milliseconds of each, called in turn, after one call to warm up."""
+    """Median and quartiles in milliseconds of each, called in turn, after one call to warm up; ``repeats`` >= 1."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(repeats + 1):
         for name, function in functions.items():
@@ -34,7 +34,7 @@ def in_turn(functions: dict[str, Callable[[], object]], repeats: int) -> dict[st
                 taken[name].append(1000 * (time.perf_counter() - start))
     found = {}
     for name, values in taken.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         found[name] = {"median": round(middle, 3), "q25": round(low, 3), "q75": round(high, 3)}
     return found
 
@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}: give 1 or more")
     if options.peak:
         peak(options.peak[0], *map(int, options.peak[1:]))
         return

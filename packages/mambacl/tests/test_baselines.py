@@ -304,7 +304,8 @@ def test_images_are_encoded_as_a_batch() -> None:
             return x.flatten(1)
 
     code = torch.tensor([[0, 0, 1]] * 2)
-    given = Episode(torch.rand(2, 3, 1, 4, 4), code, code, torch.rand(2, 5, 1, 4, 4), torch.zeros(2, 5).long(), code)
+    none = torch.zeros(2, 5).long()
+    given = Episode(torch.rand(2, 3, 1, 4, 4), code, code, torch.rand(2, 5, 1, 4, 4), none, none)
     assert PrototypicalNetwork(Encoder(), 2)(given).prediction.shape == (2, 5, 2)
     assert GeMCL(Encoder(), 2)(given).prediction.shape == (2, 5, 2)
     assert OML(Encoder(), 16, 2, "class", hidden=3)(given).prediction.shape == (2, 5, 2)
@@ -366,3 +367,30 @@ def test_what_learners_say_of_themselves(kind: str) -> None:
         assert learner.kind == kind
         assert learner.outputs == OUTPUTS[kind]
         assert learner.vocabulary == (5 if kind == "class" else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_episodes_of_another_kind(kind: str) -> None:
+    """One line, where the loss would broadcast or torch speak for itself."""
+    learners: list[Any] = [oml(kind).float(), offline(kind, steps=1)]
+    if kind == "class":
+        learners += [PrototypicalNetwork(nn.Identity(), 5), GeMCL(nn.Identity(), 5)]
+        learners.append(lambda episode: nearest_class_mean(episode, 5))
+    for learner in learners:
+        learner(single(episode(kind)))
+        for other in KINDS:
+            if other != kind:
+                with pytest.raises(UserError, match=r"(classes want codes|wants targets)") as caught:
+                    learner(single(episode(other)))
+                assert "\n" not in str(caught.value)
+        given = single(episode(kind))
+        with pytest.raises(UserError, match="no episodes"):
+            learner(given.take(slice(0, 0)))
+        with pytest.raises(UserError, match="query_y is"):
+            learner(given._replace(query_y=given.query_y[:, :1]))
+
+
+def test_offline_wants_its_own_examples() -> None:
+    given = single(episode("class"))
+    with pytest.raises(UserError, match=r"examples have the shape \(3,\): the learner wants \(4,\)"):
+        offline("class")(given._replace(x=given.x[..., :3], query_x=given.query_x[..., :3]))

@@ -793,7 +793,8 @@ def test_images_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wra
 
 def test_with_the_real_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny BERT and a tiny CLIP with random weights, saved and loaded as the hub's are; batches do not matter."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("METAZOO_CACHE", str(tmp_path / "cache"))
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -953,6 +954,9 @@ GOOD = [f"{i},2,{'uvwx'[i % 4]}" for i in range(8)]
         (GOOD, {"meta_test_classes": 3}, ("1 classes for meta-train", "--tasks 2")),
         (GOOD, {"target": "c"}, ("no column 'c'", "a, b, kind")),
         (GOOD, {"meta_test_classes": 2, "shots": 2}, ("class u has 2 examples", "may want 3")),
+        (GOOD, {"meta_test_classes": 2, "queries": 2}, ("class u has 2 examples", "may want 3")),
+        # training asks one query, but the meta-test at the end --test-shots of every task
+        (GOOD, {"meta_test_classes": 2, "queries": 1, "test_shots": 2}, ("class u has 2 examples", "may want 3")),
         (
             ["1e300,2,u", "-1e300,2,v"] * 2 + ["1e308,1,w", "1,1,x"] * 2,
             {"meta_test_classes": 2},
@@ -964,6 +968,19 @@ def test_bad_csv(tmp_path: Path, rows: list[str], changes: dict[str, Any], words
     path = table(tmp_path / "a.csv", rows)
     with refused(str(path), *words) if "leave some" not in words[-1] else refused(*words):
         load(path, **changes)
+
+
+def test_the_whole_of_another_set(tmp_path: Path) -> None:
+    """Every class, whatever is kept for meta-test; columns standardised by the table itself."""
+    path = table(tmp_path / "a.csv", [f"{i * i},7,{'uvwx'[i % 4]}" for i in range(12)])
+    whole = data.load_whole(Config(dataset=str(path), tasks=2, shots=50))
+    assert isinstance(whole, ClassEpisodes)
+    assert whole.counts.tolist() == [3, 3, 3, 3]
+    assert whole.x.mean(0).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert whole.x.std(0, unbiased=False).tolist() == pytest.approx([1, 0], abs=1e-6)
+    assert isinstance(data.load_whole(Config(dimension=5)), FeatureEpisodes)
+    with refused("needs images"):
+        data.load_whole(Config(variant="rotation"))
 
 
 def test_own_npz(tmp_path: Path) -> None:

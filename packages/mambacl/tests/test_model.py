@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 
 import mambapy.mamba as peer_module
 import pytest
 import torch
 import transformers
-from mambacl.data import Episode, EpisodeConfig, FeatureEpisodes
-from mambacl.model import BatchNorm, ContinualLearner, Encoder, ExpertMLP, MambaBlock, sinusoids
+from mambacl.data import Episode, EpisodeConfig, FeatureEpisodes, SineEpisodes
+from mambacl.model import BatchNorm, ContinualLearner, Encoder, ExpertMLP, LearnerState, MambaBlock, sinusoids
 from mambacl.scan import scan_quadratic
 from metazoo.errors import UserError
 from torch import Tensor
@@ -107,6 +109,47 @@ def test_distributed_queries_see_what_came_before() -> None:
             assert torch.allclose(found.prediction[b, j], alone[0, 0], rtol=0, atol=1e-6)
             assert (found.associations[0][b, :, j, 2 * seen :] < -1e8).all()
             assert found.associations[0][b, 0, j].exp().sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_distributed_queries_are_encoded_as_forward_does(method: str) -> None:
+    """With batch norm in training: one set of statistics for the stream's labels and one step of the running ones, so
+    queries after the last task have forward's answers and leave the same learner."""
+    episode = SineEpisodes(EpisodeConfig(tasks=3, shots=2)).draw(2, torch.Generator().manual_seed(0))
+    last = torch.full_like(episode.query_task, 2)
+    found = []
+    for distributed in (False, True):
+        torch.manual_seed(0)
+        model = ContinualLearner((50,), "vector", 50, method=method, encoder="mlp", width=16, encoder_width=8).double()
+        output = model.forward_distributed(episode, last) if distributed else model(episode)
+        found.append((output.prediction, {name: buffer for name, buffer in model.named_buffers() if "norm" in name}))
+    (wanted, statistics), (answers, ours) = found
+    assert torch.allclose(answers, wanted, rtol=0, atol=1e-6)  # the states are float32 at least
+    assert statistics.keys() == ours.keys()
+    assert int(statistics["label.net.2.norm.num_batches_tracked"]) == 1
+    assert all(torch.equal(ours[name], statistics[name]) for name in ours)
+
+
+DISTRIBUTED = {
+    "back": ({"task": torch.tensor([[0, 1, 2] * 3] * 2)}, 2, "sort the stream by task"),
+    "uneven": ({"task": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2]] * 2)}, 2, "as many examples each"),
+    "gap": ({"task": torch.tensor([[0, 0, 0, 1, 1, 1, 3, 3, 3]] * 2)}, 3, "tasks 0, 1, …"),
+    "many": ({"task": torch.full((2, 9), 50)}, 2, "tasks 0, 1, …"),
+    "negative": ({"task": torch.full((2, 9), -2)}, 2, "tasks 0, 1, …"),
+    "early": ({}, 1, "before its own task"),
+    "late": ({}, 3, "after task 2, the last one"),
+    "float": ({}, 2.0, "a task (int64) for each query (2, 6)"),
+}
+
+
+@pytest.mark.parametrize("case", DISTRIBUTED)
+def test_bad_distributed_queries(case: str) -> None:
+    """Tasks that come back, differ in length or leave numbers out would be cut at the wrong places in silence."""
+    changes, after, words = DISTRIBUTED[case]
+    episode = episodes()
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        learner().forward_distributed(episode._replace(**changes), torch.full((2, 6), after))
+    assert "\n" not in str(caught.value)
 
 
 def test_state_size_does_not_depend_on_the_stream() -> None:
@@ -263,6 +306,107 @@ def bad(case: str) -> Tensor:
     if case == "encoder":
         return learner(encoder="conv3")(x)
     return learner(encoder="vit")(x)
+
+
+NAN, INF = float("nan"), float("inf")
+X, Y = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)
+T = torch.zeros(2, 3, 5)
+
+
+def single(kind: str = "class") -> ContinualLearner:
+    return ContinualLearner((8,), kind, 6 if kind == "class" else 5).eval()
+
+
+def spoilt(x: Tensor, value: float) -> Tensor:
+    x = x.clone()
+    x[1, 2, 3] = value
+    return x
+
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "x nan": (lambda: single().observe(spoilt(X, NAN), Y), "x: nan at index (1, 2, 3)"),
+    "x inf": (lambda: single().observe(spoilt(X, -INF), Y), "x: -inf at index (1, 2, 3)"),
+    "x too large": (lambda: single().observe(spoilt(X.double(), 1e300), Y), "x: inf at index (1, 2, 3)"),
+    "y nan": (lambda: single("vector").observe(X, spoilt(T, NAN)), "y: nan at index (1, 2, 3)"),
+    "float codes": (lambda: single().observe(X, Y.float()), "y is torch.float32 (2, 3): classes want codes [B, M]"),
+    "bool codes": (lambda: single().observe(X, Y.bool()), "classes want codes"),
+    "columns of codes": (lambda: single().observe(X, Y.unsqueeze(2)), "(2, 3, 1): classes want codes [B, M]"),
+    "negative code": (lambda: single().observe(X, Y - 1), "outside 0 … 5"),
+    "codes for vectors": (lambda: single("vector").observe(X, Y), "kind 'vector' wants targets [B, M, 5]"),
+    "short targets": (lambda: single("vector").observe(X, T[..., :4]), "kind 'vector' wants targets [B, M, 5]"),
+    "more labels": (lambda: single().observe(X[:, :2], Y), "labels have the shape (2, 3), examples (2, 2, 8)"),
+    "one stream": (lambda: single().observe(X[0], Y[0]), "the learner wants [B, M, 8]"),
+    "uint8": (lambda: single().observe(X.byte(), Y), "x is torch.uint8: give floating-point numbers"),
+    "no streams": (lambda: single().observe(X[:0], Y[:0]), "at least one"),
+    "batch": (lambda: single().observe(X[:1], Y[:1], single().observe(X, Y)), "x is of 1 streams (B), the state of 2"),
+    "state": (lambda: learner(blocks=1).observe(X, Y, single().observe(X, Y)), "the state has 2 blocks, the learner 1"),
+    "query nan": (lambda: single().predict(spoilt(X, NAN), single().observe(X, Y)), "x: nan at index (1, 2, 3)"),
+    "query shape": (lambda: single().predict(X.unsqueeze(3), single().observe(X, Y)), "wants [B, M, 8]"),
+    "query batch": (lambda: single().predict(X[:1], single().observe(X, Y)), "x is of 1 streams (B), the state of 2"),
+    "query uint8": (lambda: single().predict(X.byte(), single().observe(X, Y)), "x is torch.uint8"),
+    "nothing yet": (lambda: single().predict(X, LearnerState((), 0)), "observe labelled examples first"),
+    "forward kind": (lambda: single("vector")(zeros()), "kind 'vector' wants targets"),
+    "forward shape": (lambda: single()(zeros()._replace(x=T, query_x=T)), "the learner wants (8,)"),
+    "forward batch": (lambda: single()(zeros().take(slice(0, 0))), "no episodes"),
+}
+
+
+def zeros() -> Episode:
+    return Episode(X, Y, Y, X, Y, Y)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_streams_and_queries(case: str) -> None:
+    """One line for each, where there were answers of NaN, other streams' states or torch's own words."""
+    call, words = BAD[case]
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_of_another_number_of_streams(method: str) -> None:
+    """Every kind of state knows how many streams it is of."""
+    model, episode = learner(method), episodes()
+    state = model.observe(episode.x, episode.y)
+    for call in (lambda: model.observe(episode.x[:1], episode.y[:1], state), lambda: model.predict(X[:1], state)):
+        with pytest.raises(UserError, match="the state of 2: give as many"):
+            call()
+
+
+def test_other_dtypes_are_cast() -> None:
+    """float64 or bfloat16 examples and codes of any whole-number dtype: what the parameters' dtype gives."""
+    model = single()
+    x = torch.randn(2, 3, 8).bfloat16()
+    wanted = model.predict(x.float(), model.observe(x.float(), Y))
+    for dtype, codes in ((torch.float64, torch.int32), (torch.bfloat16, torch.uint8)):
+        assert torch.equal(model.predict(x.to(dtype), model.observe(x.to(dtype), Y.to(codes))), wanted)
+        episode = Episode(x.to(dtype), Y.to(codes), Y, x.to(dtype), Y.to(codes), Y)
+        assert torch.equal(model(episode).prediction, model(Episode(x.float(), Y, Y, x.float(), Y, Y)).prediction)
+    vectors, y = single("vector"), torch.randn(2, 3, 5)
+    wanted = vectors.predict(x.float(), vectors.observe(x.float(), y))
+    assert torch.equal(vectors.predict(x, vectors.observe(x.double(), y.double())), wanted)
+
+
+def test_batch_norm_of_one_value() -> None:
+    """It has no variance: one line in training, alone or over processes; no matter in eval."""
+    torch.manual_seed(0)
+    norm, x = BatchNorm(3), torch.randn(1, 3, 1, 1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="one value a channel"):
+            norm(x)
+        assert norm(torch.randn(2, 3, 1, 1)).isfinite().all()
+        assert all(buffer.isfinite().all() for buffer in norm.buffers())
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(UserError, match="one value a channel") as caught:
+        norm(x)
+    assert "\n" not in str(caught.value)
+    assert norm.eval()(x).isfinite().all()
+    one = Episode(*(part[:1, :1] for part in (X, T, Y, X, T, Y)))  # the learner's labels: one vector, in training
+    with pytest.raises(UserError, match="more episodes or examples"):
+        single("vector").train()(one)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+from typing import Any
+
 import naive
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambacl.scan import scan_parallel, scan_quadratic, scan_step, selective_scan
+from mambacl.scan import _fusible, scan_parallel, scan_quadratic, scan_step, selective_scan
+from metazoo.errors import UserError
 from metazoo.testing import nan_in_empty
 from torch import Tensor
 
@@ -62,6 +67,63 @@ def test_parallel_and_tree_scans_are_the_recurrence(length: int) -> None:
     states = naive.blelloch(decay, update)
     assert torch.allclose(states[-1], last, rtol=0, atol=1e-10)
     assert torch.allclose((states * C.transpose(0, 1).unsqueeze(2)).sum(-1).transpose(0, 1) + D * x, y, atol=1e-10)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_nothing_to_scan(given: bool) -> None:
+    """l = 0: no outputs, and the state as it was, with its gradient."""
+    *tensors, state = inputs(2, 0, 3, 4)
+    wanted = state if given else torch.zeros_like(state)
+    for scan in (scan_parallel, selective_scan):
+        y, last = scan(*tensors, state=state if given else None)
+        assert y.shape == (2, 0, 3)
+        assert torch.equal(last, wanted)
+        if given:
+            assert torch.equal(torch.autograd.grad(last.sum(), state)[0], torch.ones_like(state))
+
+
+def test_bad_chunk_and_shapes() -> None:
+    """A chunk below 1 would skip all steps, and tensors of other sizes be broadcast."""
+    x, delta, A, B, C, D, state = inputs(2, 5, 3, 4)
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"chunk": 0}, "chunk is 0: give 1 or more"), ({"chunk": -5}, "chunk is -5"),
+        ({"state": state[:1]}, "state is (1, 3, 4): for x (2, 5, 3) the scan wants (2, 3, 4)"),
+        ({"delta": delta[..., :1]}, "delta is (2, 5, 1)"), ({"B": B[:, :1]}, "B is (2, 1, 4)"),
+        ({"C": C[:1]}, "C is (1, 5, 4)"), ({"A": A[:1]}, "A is (1, 4)"), ({"D": D[:1]}, "D is (1,)"),
+        ({"x": x[0]}, "x is (5, 3) and A (3, 4)"),
+    ]  # fmt: skip
+    for changes, words in bad:
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            selective_scan(**{"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "state": state, **changes})
+        assert "\n" not in str(caught.value)
+
+
+def test_second_derivative_is_refused() -> None:
+    """torch would give a wrong one in silence, of the paths beside the scan (here D's); scan_parallel has it."""
+    *tensors, _ = inputs(1, 4, 2, 2)
+    x = tensors[0]
+    with pytest.raises(UserError, match="no second derivative"):
+        torch.autograd.grad(selective_scan(*tensors)[0].square().sum(), x, create_graph=True)
+    first = torch.autograd.grad(scan_parallel(*tensors)[0].square().sum(), x, create_graph=True)[0]
+    ours = torch.autograd.grad(selective_scan(*tensors)[0].square().sum(), x)[0]
+    assert torch.allclose(first, ours, rtol=0, atol=1e-10)
+    assert torch.autograd.grad(first.sum(), x)[0].abs().min() > 0
+
+
+def test_when_the_fused_kernel_may_stand_in() -> None:
+    """On a GPU, without gradient and first state, and not for float64, which it would round to float32."""
+
+    def there(dtype: torch.dtype = torch.float32, length: int = 5, cuda: bool = True) -> Any:
+        return SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(2, length, 3))
+
+    with torch.no_grad():
+        assert _fusible(there(), None)
+        assert _fusible(there(torch.bfloat16), None)
+        assert not _fusible(there(torch.float64), None)
+        assert not _fusible(there(length=0), None)
+        assert not _fusible(there(cuda=False), None)
+        assert not _fusible(there(), torch.zeros(2, 3, 4))
+    assert not _fusible(there(), None)
 
 
 def test_step_by_step_is_the_recurrence() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from mambacl.data import EpisodeConfig, FeatureEpisodes
 from mambacl.model import ContinualLearner
-from mambacl.selectivity import relevant_mass, relevant_tokens, selectivity_loss, task_attention, task_loss
+from mambacl.selectivity import FLOOR, relevant_mass, relevant_tokens, selectivity_loss, task_attention, task_loss
+from metazoo.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -87,3 +90,47 @@ def test_gradient_of_a_block_s_own_term(association: str) -> None:
             assert parameter.grad.abs().max() > 0
     for parameter in (below.A_log, below.dt_proj.weight, own.in_proj.weight, own.x_proj.weight, own.conv1d.weight):
         assert parameter.grad.abs().max() > 0
+
+
+def test_a_clamped_token_has_no_gradient() -> None:
+    """As documented: below log 1e-9 the token's own log q is off the loss's slope; the others pull as ever."""
+    p = relevant_tokens(torch.tensor([[0, 1]]), torch.tensor([[0]]))
+    log_q = torch.tensor([FLOOR - 1, -1.0, -1.0, -2.0]).view(1, 1, 1, 4).requires_grad_()
+    selectivity_loss(log_q, p).backward()
+    assert log_q.grad.flatten().tolist() == [0.0, -0.5, 0.0, 0.0]
+
+
+def test_tasks_that_come_back() -> None:
+    """The loss on tasks wants each task's tokens side by side; the divergence does not mind."""
+    p = relevant_tokens(torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]]), torch.tensor([[1], [0]]))
+    log_q = torch.log_softmax(torch.randn(2, 2, 1, 8, generator=torch.Generator().manual_seed(0)), -1)
+    with pytest.raises(UserError, match="tasks come back in the stream"):
+        task_attention(log_q, p)
+    assert task_attention(log_q[1:], p[1:]) > 0
+    assert selectivity_loss(log_q, p) > 0
+
+
+P, Q = torch.full((2, 3, 4), 0.25), torch.zeros(2, 1, 3, 4)
+CODES, LOGITS = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 5)
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "one stream": (lambda: relevant_tokens(CODES[0], CODES), "(3,), of queries (2, 3): give [B, M] and [B, Q]"),
+    "batch": (lambda: relevant_tokens(CODES[:1], CODES), "give [B, M] and [B, Q]"),
+    "no heads": (lambda: selectivity_loss(Q[:, 0], P), "log q is (2, 3, 4), p (2, 3, 4)"),
+    "broadcast": (lambda: selectivity_loss(Q, P[:1]), "p (1, 3, 4): give [B, H, Q, L] and [B, Q, L]"),
+    "queries": (lambda: relevant_mass(Q, P[:, :1]), "give [B, H, Q, L]"),
+    "tokens": (lambda: task_attention(Q, P[..., :2]), "give [B, H, Q, L]"),
+    "kind": (lambda: task_loss("text", LOGITS, LOGITS), "kind 'text': one of class, vector, angle, image"),
+    "codes": (lambda: task_loss("class", LOGITS, LOGITS), "target is torch.float32 (2, 3, 5): classes want codes"),
+    "vectors": (lambda: task_loss("vector", LOGITS, CODES), "kind 'vector' wants targets"),
+    "angle": (lambda: task_loss("angle", LOGITS, LOGITS), "kind 'angle' wants targets [B, M, 2]"),
+    "spread": (lambda: task_loss("vector", LOGITS, LOGITS[:, :1]), "predictions are (2, 3, 5) for targets (2, 1, 5)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_shapes(case: str) -> None:
+    """One line, where torch would broadcast."""
+    call, words = BAD[case]
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mambacl import data
 from mambacl.config import PRESETS, Config, EvaluateOptions, ForgettingOptions, GeneralizeOptions
 from mambacl.data import EpisodeConfig
 from mambacl.evaluate import (
+    TEST,
     TRAIN,
     association_map,
     evaluate,
@@ -206,6 +208,29 @@ def test_curve_during_training(tmp_path: Path) -> None:
     assert [row["loss"] for row in curved.metrics] == [row["loss"] for row in plain.metrics]
 
 
+def test_curve_is_of_episodes_that_no_other_curve_has() -> None:
+    """meta_test by the seeds of TEST, which all evaluations share; meta_train by those of TRAIN, as in evaluate()."""
+    learner = learner_of(TINY, eval_every=1, eval_episodes=20)
+    row = learner.step(0)
+    for name, episodes, held in (("train", learner.source.train, TRAIN), ("test", learner.source.test, TEST)):
+        score = meta_test(learner.model, episodes, learner.setting, 20, held=held)
+        assert row[f"meta_{name}_accuracy"] == score.mean
+    other = meta_test(learner.model, learner.source.train, learner.setting, 20, held=TEST)
+    assert row["meta_train_accuracy"] != other.mean
+
+
+def test_curve_that_would_be_lost(tmp_path: Path) -> None:
+    """A meta-test at a step that has no row is refused before anything is written; the last step always has one."""
+    for changes in ({"eval_every": 3}, {"eval_every": 6}):
+        with pytest.raises(UserError, match=r"--eval-every is [36], --log-every 4"):
+            train(dataclasses.replace(TINY, **changes), RunOptions(output_dir=tmp_path / "run", log_every=4))
+    assert not list(tmp_path.iterdir())
+    config = dataclasses.replace(TINY, steps=6, eval_every=6, eval_episodes=5)
+    run = train(config, RunOptions(output_dir=tmp_path / "run", log_every=4))
+    assert ["meta_test_accuracy" in row for row in run.metrics] == [False, True]
+    train(dataclasses.replace(config, method="offline", eval_every=3), RunOptions(output_dir=tmp_path / "offline"))
+
+
 def test_untrained_is_at_chance_over_codes() -> None:
     """Check 7: random codes for every episode, so an untrained learner is right once in 6."""
     learner = learner_of(TINY)
@@ -255,10 +280,10 @@ def test_commands(tmp_path: Path) -> None:
         f"accuracy {name}" for name in ("tasks=2", "tasks=6", "shots=1", "shots=3", "noise=0", "noise=2")
     }
     found = forgetting(ForgettingOptions(run=tmp_path / "run", episodes=10))
-    assert {"accuracy_after_1_tasks", "accuracy_after_3_tasks", "forgetting"} <= set(found)
+    assert {"accuracy_after_1_tasks", "accuracy_after_3_tasks", "accuracy_by_lag", "forgetting"} <= set(found)
     for name in ("generalization.json", "generalization.png", "forgetting.json", "forgetting.png", "training.png"):
         assert (tmp_path / "run" / name).stat().st_size > 0, name
-    json.loads((tmp_path / "run" / "forgetting.json").read_text())
+    assert len(json.loads((tmp_path / "run" / "forgetting.json").read_text())["accuracy_by_lag"]) == 3
     with pytest.raises(UserError, match="vocabulary"):
         generalize(GeneralizeOptions(run=tmp_path / "run", tasks=(7,), episodes=2))
     with pytest.raises(UserError, match="nothing to forget"):
@@ -311,6 +336,39 @@ def test_config_refuses(changes: dict[str, Any], words: str) -> None:
 def test_too_few_episodes_for_the_parts() -> None:
     with pytest.raises(UserError, match="--batch-size"):
         learner_of(TINY, accumulation=7)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dataset": "sine", "encoder": "linear"}, {"dataset": "sine", "method": "oml"}]
+)
+def test_batch_norm_has_two_values(changes: dict[str, Any]) -> None:
+    """The smallest episode, alone in its part: trains where only examples are normalised, for a query comes with it;
+    a vector's label stands alone, and is refused before the first step."""
+    smallest = {"encoder": "mlp", "tasks": 1, "shots": 1, "queries": 1, "batch_size": 2, "accumulation": 2}
+    if changes.get("encoder") != "linear":
+        assert learner_of(TINY, **smallest | changes).step(0)["loss"].isfinite()
+        return
+    with pytest.raises(UserError, match="batch norm") as caught:
+        learner_of(TINY, **smallest | changes)
+    assert "\n" not in str(caught.value)
+    for more in ({"batch_size": 4}, {"accumulation": 1}, {"tasks": 2}, {"shots": 2}):
+        assert learner_of(TINY, **smallest | changes | more).step(0)["loss"].isfinite()
+
+
+def test_another_precision(tmp_path: Path) -> None:
+    """Accelerate keeps a process's first precision: another one is refused in our words, and nothing is written."""
+    Accelerator(cpu=True)
+    with pytest.raises(UserError, match="--precision is bf16, but this process has worked with no"):
+        train(dataclasses.replace(TINY, precision="bf16"), RunOptions(output_dir=tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_benchmark_repeats(repeats: int) -> None:
+    """One repeat has a median, too, and no spread."""
+    script = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+    found = runpy.run_path(str(script))["in_turn"]({"a": lambda: None}, repeats)["a"]
+    assert found["q25"] <= found["median"] <= found["q75"]
 
 
 def test_unfinished_and_foreign_runs(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         CompletionEpisodes,
         Episode,
         EpisodeConfig,
+        Episodes,
         FeatureEpisodes,
         OmniglotEpisodes,
         RotationEpisodes,
         SineEpisodes,
+        validate,
     )
     from mambacl.estimator import MambaContinualClassifier
     from mambacl.model import ContinualLearner, Encoder, LearnerState, MambaBlock
@@ -39,6 +41,7 @@ __all__ = [
     "Encoder",
     "Episode",
     "EpisodeConfig",
+    "Episodes",
     "FeatureEpisodes",
     "GeMCL",
     "LearnerState",
@@ -52,11 +55,12 @@ __all__ = [
     "SineEpisodes",
     "selective_scan",
     "selectivity_loss",
+    "validate",
 ]
 
 _EPISODES = [
-    "ClassEpisodes", "CompletionEpisodes", "Episode", "EpisodeConfig", "FeatureEpisodes", "OmniglotEpisodes",
-    "RotationEpisodes", "SineEpisodes",
+    "ClassEpisodes", "CompletionEpisodes", "Episode", "EpisodeConfig", "Episodes", "FeatureEpisodes",
+    "OmniglotEpisodes", "RotationEpisodes", "SineEpisodes", "validate",
 ]  # fmt: skip
 _HOME = {
     "AttentionBlock": "attention",

@@ -133,7 +133,8 @@ class AttentionBlock(nn.Module):
     def log_association(self, queries: Tensor, keys: Tensor) -> Tensor:
         """log q: the log-share of each token of the stream in what a query attends to, without its own share.
 
-        Softmax: log softmax_j(q·k_j/√qk). Kernelised: log(φ(q)·φ(k_j) / Σ_j φ(q)·φ(k_j)), at least log 1e-9.
+        Softmax: log softmax_j(q·k_j/√qk). Kernelised: log(φ(q)·φ(k_j) / Σ_j φ(q)·φ(k_j)), at least log 1e-9: a share
+        may underflow to 0, whose log has no gradient either; a clamped token has none.
 
         Args:
             queries: [B, H, Q, qk] of :meth:`query`. keys: [B, H, L, qk] of :meth:`forward`, of one or more calls.

@@ -16,6 +16,7 @@ from metazoo.errors import UserError
 from torch import Tensor, nn
 
 from mambacl.data import Episode
+from mambacl.episodes import check_shapes
 from mambacl.model import Output
 from mambacl.selectivity import task_loss
 
@@ -74,7 +75,11 @@ class OML(nn.Module):
 
         Returns:
             prediction [B, Q, O]; no associations.
+
+        Raises:
+            UserError: episodes of another kind.
         """
+        check_shapes(episode, self.kind, outputs=self.outputs)
         outer = torch.is_grad_enabled()
         stream, queries = _encode(self.encoder, episode)
         with torch.autocast(stream.device.type, enabled=False):
@@ -107,7 +112,7 @@ def _classes(x: Tensor, y: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Ten
     Args:
         x: [B, M, d]. y: codes [B, M].
     """
-    indicator = F.one_hot(y, vocabulary).to(x.dtype)
+    indicator = F.one_hot(y.long(), vocabulary).to(x.dtype)
     count = indicator.sum(1)
     return indicator.mT @ x / count.clamp(min=1).unsqueeze(-1), count, indicator
 
@@ -126,7 +131,12 @@ class PrototypicalNetwork(nn.Module):
         self.encoder, self.outputs, self.vocabulary = encoder, vocabulary, vocabulary
 
     def forward(self, episode: Episode) -> Output:
-        """prediction [B, Q, V]: −1e9 for symbols that the stream lacks; no associations."""
+        """prediction [B, Q, V]: −1e9 for symbols that the stream lacks; no associations.
+
+        Raises:
+            UserError: episodes that are not of classes.
+        """
+        check_shapes(episode, self.kind)
         stream, queries = _encode(self.encoder, episode)
         return Output(_prototype_logits(stream, episode.y, queries, self.vocabulary), [])
 
@@ -163,7 +173,12 @@ class GeMCL(nn.Module):
         self.log_beta = nn.Parameter(torch.tensor(math.log(1000.0)))
 
     def forward(self, episode: Episode) -> Output:
-        """prediction [B, Q, V]: log densities, −1e9 for symbols that the stream lacks; no associations."""
+        """prediction [B, Q, V]: log densities, −1e9 for symbols that the stream lacks; no associations.
+
+        Raises:
+            UserError: episodes that are not of classes.
+        """
+        check_shapes(episode, self.kind)
         stream, queries = _encode(self.encoder, episode)
         with torch.autocast(stream.device.type, enabled=False):
             stream, queries = stream.to(self.log_alpha.dtype), queries.to(self.log_alpha.dtype)
@@ -227,7 +242,12 @@ class Offline(nn.Module):
             self.width = encoder(torch.zeros(1, *shape)).shape[-1]
 
     def forward(self, episode: Episode) -> Output:
-        """Train on the stream, then answer, also under torch.no_grad; prediction [B, Q, O] has no gradient."""
+        """Train on the stream, then answer, also under torch.no_grad; prediction [B, Q, O] has no gradient.
+
+        Raises:
+            UserError: episodes of another kind, or of other examples.
+        """
+        check_shapes(episode, self.kind, self.shape, self.outputs)
         count, examples = episode.x.shape[:2]
         device = episode.x.device
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices=[]):
@@ -255,5 +275,9 @@ def nearest_class_mean(episode: Episode, vocabulary: int) -> Tensor:
     """Codes [B, Q] of the classes whose mean raw input in the stream is nearest.
 
     For Gaussian features of one spread this is what Bayes' rule says up to the means' own errors.
+
+    Raises:
+        UserError: episodes that are not of classes.
     """
+    check_shapes(episode, "class")
     return _prototype_logits(episode.x.flatten(2), episode.y, episode.query_x.flatten(2), vocabulary).argmax(-1)

@@ -7,7 +7,7 @@ from metazoo.cli import Command, run
 from mambacl.config import ForgettingOptions, GeneralizeOptions
 
 COMMANDS = {
-    "generalize": Command(GeneralizeOptions, "mambacl.evaluate:generalize", "more tasks, more shots, noise"),
+    "generalize": Command(GeneralizeOptions, "mambacl.evaluate:generalize", "more tasks and shots, noise, other data"),
     "forgetting": Command(ForgettingOptions, "mambacl.evaluate:forgetting", "each task while the stream goes on"),
 }
 

@@ -111,9 +111,9 @@ class Config:
     steps: int = 600
     """Meta-training steps."""
     batch_size: int = 32
-    """Episodes in one step, over all processes."""
+    """Episodes in one step, over all processes; of the offline reference, also examples in one of its inner steps."""
     lr: float = 1e-2
-    """Learning rate of Adam."""
+    """Learning rate of Adam; of the offline reference, whose inner Adam has it without decay and warm-up."""
     decay: float = 0.3
     """Factor of the learning rate every --decay-every steps."""
     decay_every: int = 420
@@ -129,7 +129,8 @@ class Config:
     precision: Literal["no", "bf16"] = "no"
     """Mixed precision of the forward pass; the scan stays in float32."""
     eval_every: int = 0
-    """Steps between two meta-tests during training, on fixed episodes: a curve, nothing is chosen by it; 0: none."""
+    """Steps between two meta-tests during training, on fixed episodes: a curve, nothing is chosen by it; a multiple of
+    --log-every; 0: none."""
     eval_episodes: int = 600
     """Episodes of a meta-test."""
 
@@ -203,24 +204,39 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneralizeOptions:
-    """Meta-test of a run with other numbers of tasks and shots, and with noise on the inputs."""
+    """Meta-test of a run with other numbers of tasks and shots, with noise on the inputs, and on another data set."""
 
     run: Path = Path("runs/mambacl-small")
     """Run folder of `mambacl train`."""
-    tasks: tuple[int, ...] = (3, 4, 5, 6)
-    """Numbers of tasks T."""
-    shots: tuple[int, ...] = (1, 2, 4, 6, 8)
-    """Numbers of training examples S of a task."""
+    tasks: tuple[int, ...] | None = None
+    """Numbers of tasks T [default: four from the run's T to the most that its vocabulary and the classes allow; to 4 T
+    where neither is a limit]."""
+    shots: tuple[int, ...] | None = None
+    """Numbers of training examples S of a task [default: the run's S, 2 S, 3 S, 4 S, as far as the examples go]."""
     noise: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
-    """Standard deviation of Gaussian noise on the raw inputs, of stream and queries."""
+    """Standard deviations of Gaussian noise on the inputs of stream and queries, added to what the encoder gets: images
+    of −1 … 1, features of a --frozen encoder, standardised columns of a .csv."""
+    dataset: str | None = None
+    """Another data set, as for `mambacl train`, all of whose classes are for meta-test: as streams of the run's own T
+    and S. Its examples must have the shape of the run's; columns of a .csv are standardised by its own rows. That no
+    class of it was in meta-training is yours to see to [default: none]."""
+    data_dir: str | None = None
+    """Folder of that data set, where it is file-based."""
+    target: str | None = None
+    """Column of the class in that .csv [default: the last one]."""
     episodes: int = 600
     """Meta-test episodes of each."""
 
     def __post_init__(self) -> None:
-        if min((*self.tasks, *self.shots), default=1) < 1:
-            raise UserError("--tasks and --shots: give whole numbers of 1 or more")
-        if min(self.noise, default=0.0) < 0:
-            raise UserError("--noise: give 0 or numbers above it")
+        for name in ("tasks", "shots"):
+            for value in getattr(self, name) or ():
+                if value < 1:
+                    raise UserError(f"--{name} is {value}: give whole numbers of 1 or more")
+        for sigma in self.noise:
+            if not 0 <= sigma < float("inf"):
+                raise UserError(f"--noise is {sigma}: give 0 or numbers above it")
+        if self.dataset is None and (self.data_dir, self.target) != (None, None):
+            raise UserError("--data-dir and --target belong to --dataset: name the data set, or leave them out")
         if self.episodes < 2:
             raise UserError(f"--episodes is {self.episodes}: give 2 or more")
 

@@ -84,23 +84,49 @@ def load(config: Config) -> Data:
     Raises:
         UserError: unknown name, missing or damaged files, too few classes, or a variant that does not fit; one line.
     """
+    table = _read(config)
+    return _generated(config) if table is None else _split(table, config)
+
+
+def load_whole(config: Config) -> Episodes:
+    """All classes that ``config`` names as one source: for a learner that was meta-trained on another data set.
+
+    Columns of a .csv are standardised by all of its rows.
+
+    Raises:
+        UserError: as :func:`load`; how many classes and examples there are is left to who draws.
+    """
+    table = _read(config)
+    if table is None:
+        return _generated(config).test
+    if table.columns:
+        table.x = _standardised(table.x, table.x, config.dataset)
+    return _source(table.x, table.y, config, config.seed)
+
+
+def _generated(config: Config) -> Data:
     setting = EpisodeConfig.from_config(config)
+    if config.dataset == "sine":
+        return Data("sine", *(SineEpisodes(setting, config.seed + i) for i in (0, 1)))
+    parts = [FeatureEpisodes(config.dimension, config.spread, setting, config.seed + i) for i in (0, 1)]
+    return Data("features", *parts)
+
+
+def _read(config: Config) -> _Table | None:
+    """The labelled examples, encoded where asked for; None for generated data."""
     name = config.dataset
     if config.variant != "classes" and name in ("features", "sine", "sentences"):
         raise UserError(f"--variant {config.variant} needs images, {name} has none: use --variant classes")
     if config.frozen is not None and name in ("features", "sine", "omniglot20"):
         raise UserError(f"--frozen is for pictures and sentences, not for {name}: leave it out")
-    if name == "features":
-        parts = [FeatureEpisodes(config.dimension, config.spread, setting, config.seed + i) for i in (0, 1)]
-        return Data(name, *parts)
-    if name == "sine":
-        return Data(name, *(SineEpisodes(setting, config.seed + i) for i in (0, 1)))
+    if name in ("features", "sine"):
+        return None
     table = _table(config)
     if config.frozen is not None and name != "sentences":
         if config.variant != "classes":
             raise UserError(f"--variant {config.variant} needs the images themselves: leave --frozen out")
         table.x = encode_images(table.x, config.frozen)
-    return _split(name, table, config, setting)
+    return table
 
 
 def _table(config: Config) -> _Table:
@@ -124,12 +150,13 @@ def _table(config: Config) -> _Table:
     raise UserError(f"unknown data set {name!r}: one of {', '.join(NAMES)}, or the path of a .csv, .npz or folder")
 
 
-def _split(name: str, table: _Table, config: Config, setting: EpisodeConfig) -> Data:
+def _split(table: _Table, config: Config) -> Data:
     """Classes of meta-train and meta-test apart: those that the set says, else drawn with seed 0.
 
     Raises:
         UserError: a part has fewer classes than an episode wants, or a class fewer examples.
     """
+    name, setting = config.dataset, EpisodeConfig.from_config(config)
     total = len(table.names)
     if table.test is not None and config.meta_test_classes is None:
         test = table.test
@@ -146,7 +173,7 @@ def _split(name: str, table: _Table, config: Config, setting: EpisodeConfig) -> 
                 "change --meta-test-classes"
             )
     sizes = np.bincount(table.y, minlength=total)
-    wanted = setting.most_of_a_task
+    wanted = max(setting.most_of_a_task, setting.shots + setting.test_shots)  # evaluate() asks of every task
     if sizes.min() < wanted:
         least = int(sizes.argmin())
         raise UserError(
@@ -155,10 +182,14 @@ def _split(name: str, table: _Table, config: Config, setting: EpisodeConfig) -> 
         )
     if table.columns:
         table.x = _standardised(table.x, table.x[~held], name)
-    kind = {"classes": ClassEpisodes, "rotation": RotationEpisodes, "completion": CompletionEpisodes}[config.variant]
-    x, y = torch.from_numpy(table.x), torch.from_numpy(table.y.astype(np.int64))
-    parts = [kind(x[mask], y[mask], setting, config.seed + i) for i, mask in enumerate((~held, held))]
+    parts = [_source(table.x[mask], table.y[mask], config, config.seed + i) for i, mask in enumerate((~held, held))]
     return Data(name, *parts)
+
+
+def _source(x: np.ndarray, y: np.ndarray, config: Config, seed: int) -> ClassEpisodes:
+    kind = {"classes": ClassEpisodes, "rotation": RotationEpisodes, "completion": CompletionEpisodes}[config.variant]
+    setting = EpisodeConfig.from_config(config)
+    return kind(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64)), setting, seed)
 
 
 def _shuffled(total: int) -> list[int]:

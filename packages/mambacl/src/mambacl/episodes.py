@@ -20,6 +20,9 @@ from torch.utils.data import IterableDataset
 
 from mambacl.config import Config
 
+KINDS = ("class", "vector", "angle", "image")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Episode(NamedTuple):
     """B episodes.
@@ -56,7 +59,7 @@ class EpisodeConfig:
     vocabulary: int = 0
     """Symbols that codes of classes are drawn from."""
     noise: float = 0.0
-    """Standard deviation of Gaussian noise on the raw inputs, of stream and queries."""
+    """Standard deviation of Gaussian noise on what the encoder gets, of stream and queries."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "shots", "test_shots"):
@@ -313,38 +316,117 @@ class CompletionEpisodes(ClassEpisodes):
 
 
 def validate(episode: Episode, kind: str, vocabulary: int, *, task_order: bool = False) -> None:
-    """Check an episode that comes from outside.
+    """Check episodes that come from outside, shapes and values.
 
     Args:
-        task_order: tasks must come one after the other, as a loss on tasks needs it.
+        kind: class, vector, angle or image. vocabulary: symbols that codes of classes are drawn from; else not looked
+            at. task_order: tasks must come one after the other as 0, 1, …, as a loss on tasks and queries amid the
+            stream need them.
 
     Raises:
-        UserError: shapes that do not agree, an empty stream, NaN, codes outside the vocabulary, a query whose label or
-            task is not in the stream, or tasks that come back.
+        UserError: what :func:`check_shapes` refuses; NaN or infinity, codes outside the vocabulary, angles that are no
+            (cos, sin), images outside −1 … 1, a query whose label or task is not in the stream, or tasks that come back
+            or leave a number out.
     """
+    check_shapes(episode, kind)
     x, y, task, query_x, query_y, query_task = episode
-    if x.ndim < 3 or not x.shape[1] or not query_x.shape[1]:
-        raise UserError("an episode without stream or queries: give at least one shot and one query")
-    pairs = (("y", y, x), ("task", task, x), ("query_y", query_y, query_x), ("query_task", query_task, query_x))
-    for name, labels, of in pairs:
-        if labels.shape[:2] != of.shape[:2]:
-            raise UserError(f"{name} is {tuple(labels.shape)} for examples {tuple(of.shape)}: one for each")
-    if query_x.shape[2:] != x.shape[2:] or len(query_x) != len(x):
-        raise UserError(f"queries are {tuple(query_x.shape)}, the stream {tuple(x.shape)}: give the same kind of both")
-    if y.shape[2:] != query_y.shape[2:]:
-        raise UserError(f"labels are {tuple(y.shape)}, those of queries {tuple(query_y.shape)}: give the same of both")
     for name, values in (("x", x), ("query_x", query_x), ("y", y), ("query_y", query_y)):
-        check_finite(values.cpu().numpy(), name)
+        finite(values, name)
     if kind == "class":
-        if int(torch.cat([y, query_y], 1).max()) >= vocabulary or int(torch.cat([y, query_y], 1).min()) < 0:
-            raise UserError(f"a code is outside 0 … {vocabulary - 1}: more classes than the vocabulary has symbols")
+        check_codes(torch.cat([y, query_y], 1), vocabulary)
         unseen = ~(query_y.unsqueeze(2) == y.unsqueeze(1)).any(2)
         if unseen.any():
             b, j = (int(i) for i in unseen.nonzero()[0])
             raise UserError(
                 f"episode {b}, query {j}: label {int(query_y[b, j])} is not in the stream: show it before asking"
             )
+    targets = torch.cat([y, query_y], 1)
+    if kind == "angle" and ((targets.norm(dim=-1) - 1).abs() > 1e-2).any():
+        raise UserError("a target is no (cos, sin) of an angle: its norm is not 1, so divide it by its norm")
+    if kind == "image" and (targets.abs() > 1 + 1e-4).any():
+        raise UserError("a target image is outside −1 … 1, where no answer can be: scale it")
     if not (query_task.unsqueeze(2) == task.unsqueeze(1)).any(2).all():
         raise UserError("a query of a task that is not in the stream: show the task before asking")
-    if task_order and (task.diff(dim=1) < 0).any():
-        raise UserError("tasks come back in the stream: sort its examples by task, or leave the loss on tasks out")
+    if task_order:
+        step = task.diff(dim=1)
+        if (step < 0).any():
+            raise UserError("tasks come back in the stream: sort its examples by task, or leave the loss on tasks out")
+        if task[:, 0].any() or (step > 1).any():
+            raise UserError("tasks of the stream are not 0, 1, 2, …: number them in the order that they come in")
+
+
+def check_shapes(episode: Episode, kind: str, shape: tuple[int, ...] | None = None, outputs: int | None = None) -> None:
+    """The part of :func:`validate` that looks at no value: cheap at every step, and a GPU is not waited for.
+
+    Args:
+        shape: of an example, where it is known. outputs: O of targets, where it is known; not looked at for classes.
+
+    Raises:
+        UserError: an unknown kind, shapes or dtypes that do not agree with it or each other, no episodes, or an empty
+            stream.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind {kind!r}: one of {', '.join(KINDS)}")
+    x, y, task, query_x, query_y, query_task = episode
+    if x.ndim < 3 or query_x.ndim < 3:
+        raise UserError(
+            f"x of the stream is {tuple(x.shape)}, of the queries {tuple(query_x.shape)}: give [B, M, …] and [B, Q, …]"
+        )
+    if not len(x):
+        raise UserError("no episodes (B = 0): give at least one")
+    if not x.shape[1] or not query_x.shape[1]:
+        raise UserError("an episode without stream or queries: give at least one shot and one query")
+    pairs = (("y", y, x), ("task", task, x), ("query_y", query_y, query_x), ("query_task", query_task, query_x))
+    for name, labels, of in pairs:
+        if labels.shape[:2] != of.shape[:2] or ("task" in name and labels.ndim != 2):
+            raise UserError(f"{name} is {tuple(labels.shape)} for examples {tuple(of.shape)}: one for each")
+    if query_x.shape[2:] != x.shape[2:] or len(query_x) != len(x):
+        raise UserError(f"queries are {tuple(query_x.shape)}, the stream {tuple(x.shape)}: give the same kind of both")
+    if shape is not None and x.shape[2:] != shape:
+        raise UserError(f"examples have the shape {tuple(x.shape[2:])}: the learner wants {shape}")
+    if y.shape[2:] != query_y.shape[2:]:
+        raise UserError(f"labels are {tuple(y.shape)}, those of queries {tuple(query_y.shape)}: give the same of both")
+    for name, values in (("x", x), ("query_x", query_x)):
+        if not values.is_floating_point():
+            raise UserError(f"{name} is {values.dtype}: give floating-point numbers, scaled as in meta-training")
+    for name, values in (("task", task), ("query_task", query_task)):
+        if values.dtype not in INTEGERS:
+            raise UserError(f"{name} is {values.dtype}: give whole numbers (int64)")
+    for name, values in (("y", y), ("query_y", query_y)):
+        check_labels(values, kind, outputs, name)
+
+
+def check_labels(y: Tensor, kind: str, outputs: int | None = None, name: str = "y") -> None:
+    """Shape and dtype of labels: codes [B, M] of classes, else targets [B, M, O].
+
+    Raises:
+        UserError: they are of another kind.
+    """
+    if kind == "class":
+        if y.ndim != 2 or y.dtype not in INTEGERS:
+            raise UserError(f"{name} is {y.dtype} {tuple(y.shape)}: classes want codes [B, M], whole numbers (int64)")
+        return
+    numbers = 2 if kind == "angle" else outputs
+    if y.ndim != 3 or not y.is_floating_point() or numbers not in (None, y.shape[-1]):
+        wanted = f"[B, M, {'O' if numbers is None else numbers}]"
+        raise UserError(f"{name} is {y.dtype} {tuple(y.shape)}: kind {kind!r} wants targets {wanted}, floating-point")
+
+
+def check_codes(y: Tensor, vocabulary: int) -> None:
+    """Codes must be symbols of the vocabulary.
+
+    Raises:
+        UserError: one is not.
+    """
+    if ((y < 0) | (y >= vocabulary)).any():
+        raise UserError(f"a code is outside 0 … {vocabulary - 1}: more classes than the vocabulary has symbols")
+
+
+def finite(x: Tensor, name: str) -> None:
+    """No NaN, no infinity.
+
+    Raises:
+        UserError: the first one, by its index in ``name``.
+    """
+    if not torch.isfinite(x).all():
+        check_finite(x.detach().double().cpu().numpy(), name)

@@ -1,8 +1,10 @@
-"""Meta-test: fresh episodes of unseen classes or functions; by task, by number of tasks and shots, under noise."""
+"""Meta-test: fresh episodes of unseen classes or functions; by task, by number of tasks and shots, under noise,
+on another data set."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +15,12 @@ import torch
 from metazoo import runfolder
 from metazoo.errors import UserError
 from torch import nn
+from tqdm import tqdm
 
+from mambacl import data
 from mambacl.baselines import nearest_class_mean
 from mambacl.config import EvaluateOptions, ForgettingOptions, GeneralizeOptions
-from mambacl.data import Episode, EpisodeConfig, Episodes
+from mambacl.data import ClassEpisodes, Episode, EpisodeConfig, Episodes
 from mambacl.model import ContinualLearner
 from mambacl.selectivity import relevant_mass, relevant_tokens, selectivity_loss, task_loss
 from mambacl.train import Run, load
@@ -56,7 +60,8 @@ def meta_test(
         model: any learner. episodes: meta-test or meta-train source. held: TEST or TRAIN, two streams of seeds.
 
     Raises:
-        UserError: the source has too few classes or examples for ``setting``, or the vocabulary too few symbols.
+        UserError: the source has too few classes or examples for ``setting``, or the vocabulary too few symbols; or
+            an answer is NaN or infinite.
     """
     device = next(model.parameters()).device
     metric = {"class": "accuracy", "angle": "angle_loss"}.get(episodes.kind, "mse")
@@ -69,6 +74,8 @@ def meta_test(
         generator = torch.Generator().manual_seed(held + seed * 1_000_003 + first)
         episode = episodes.draw(size, generator, setting).to(device)
         output = model(episode)
+        if not bool(output.prediction.isfinite().all()):
+            raise UserError("an answer is NaN or infinite: the inputs (or --noise) are too large, or training diverged")
         if metric == "accuracy":
             found = 100 * (output.prediction.argmax(-1) == episode.query_y).float()
         else:
@@ -179,32 +186,90 @@ def association_map(
 
 
 def generalize(options: GeneralizeOptions) -> dict[str, Any]:
-    """`mambacl generalize`: the meta-test with other numbers of tasks and shots, and with noise on the raw inputs.
+    """`mambacl generalize`: the meta-test with other numbers of tasks and shots, noise on the inputs, other data.
 
     Returns:
-        METRIC tasks=T, shots=S and noise=σ, one varied at a time. Also written to generalization.json, with a plot.
+        METRIC tasks=T, shots=S and noise=σ, one varied at a time; with ``dataset`` also METRIC dataset=own and of the
+        other one. Also written to generalization.json, with a plot.
 
     Raises:
-        UserError: more tasks than the vocabulary has symbols, or too few classes or examples.
+        UserError: more tasks or shots than vocabulary, classes or examples allow, or another data set that the run
+            cannot be asked about; before anything is computed.
     """
     run = load(options.run)
-    setting = every_task(EpisodeConfig.from_config(run.config))
+    own, setting = run.data.test, every_task(EpisodeConfig.from_config(run.config))
+    most = limits(own, setting)
+    tasks, shots = options.tasks, options.shots
+    if tasks is None:
+        last = most["tasks"][0] if most["tasks"][0] < math.inf else 4 * setting.tasks
+        tasks = tuple(sorted({round(t) for t in np.linspace(setting.tasks, last, 4).tolist()}))
+    if shots is None:
+        shots = tuple(k * setting.shots for k in (1, 2, 3, 4) if k * setting.shots <= most["shots"][0])
+    asked: list[tuple[str, float | str, Episodes, EpisodeConfig]] = []
+    varied: dict[str, tuple[Any, ...]] = {"tasks": tasks, "shots": shots, "noise": options.noise}
+    for name, values in varied.items():
+        for value in values:
+            limit, why = most.get(name, (math.inf, ""))
+            if value > limit:
+                raise UserError(f"--{name} is {value}: give at most {limit}, as {why}")
+            asked.append((name, value, own, replace(setting, **{name: value})))
+    if options.dataset is not None:
+        other = _other(run, setting, options)
+        asked += [("dataset", "own", own, setting), ("dataset", options.dataset, other, setting)]
     found: dict[str, Any] = {}
-    curves: dict[str, dict[float, float]] = {}
+    curves: dict[str, dict[Any, float]] = {}
     metric = ""
-    for name in ("tasks", "shots", "noise"):
-        for value in getattr(options, name):
-            changed = replace(setting, **{name: value})
-            score = meta_test(run.model, run.data.test, changed, options.episodes, seed=run.config.seed)
-            metric = score.metric
-            found[f"{metric} {name}={value:g}"] = score.mean
-            curves.setdefault(name, {})[value] = score.mean
+    for name, value, episodes, changed in tqdm(asked, desc="generalize", disable=None):
+        score = meta_test(run.model, episodes, changed, options.episodes, seed=run.config.seed)
+        metric = score.metric
+        found[f"{metric} {name}={value if isinstance(value, str) else f'{value:g}'}"] = score.mean
+        curves.setdefault(name, {})[value] = score.mean
     runfolder.write_text(run.folder / "generalization.json", json.dumps(found, indent=2) + "\n")
     if curves:
         from mambacl import plots
 
         plots.generalization({run.config.method: curves}, metric, run.folder / "generalization.png")
     return found
+
+
+def limits(episodes: Episodes, setting: EpisodeConfig) -> dict[str, tuple[float, str]]:
+    """The most tasks and shots that ``episodes`` can have, and why: {"tasks": (6, "…"), "shots": (math.inf, "")}."""
+    found: dict[str, tuple[float, str]] = {"tasks": (math.inf, ""), "shots": (math.inf, "")}
+    if episodes.kind == "class":
+        found["tasks"] = setting.vocabulary, f"the run's --vocabulary has {setting.vocabulary} symbols"
+    if isinstance(episodes, ClassEpisodes):
+        classes, least = len(episodes.classes), int(episodes.counts.min())
+        if classes < found["tasks"][0]:
+            found["tasks"] = classes, f"{classes} classes are there for meta-test"
+        found["shots"] = (
+            max(0, least - setting.test_shots),
+            f"the smallest class has {least} examples, of which --test-shots {setting.test_shots} are asked",
+        )
+    return found
+
+
+def _other(run: Run, setting: EpisodeConfig, options: GeneralizeOptions) -> Episodes:
+    """The other data set of ``options``, whole. Raises UserError if the run cannot be asked about it."""
+    config, where = run.config, f"--dataset {options.dataset}"
+    assert options.dataset is not None
+    if (options.dataset, options.data_dir) == (config.dataset, config.data_dir):
+        raise UserError(f"{where} is what the run was trained on: give another, or leave it out")
+    if "sine" in (options.dataset, config.dataset):  # else the kind is that of the run's --variant
+        raise UserError(f"{where}: the run was trained on {config.dataset}, and sine asks for another kind of answer")
+    chosen = {name: getattr(options, name) for name in ("dataset", "data_dir", "target")}
+    episodes = data.load_whole(replace(config, **chosen))
+    if episodes.shape != run.data.test.shape:
+        raise UserError(
+            f"{where}: its examples have the shape {episodes.shape}, the run's {run.data.test.shape}: give examples of "
+            "the same shape"
+        )
+    for name, (limit, why) in limits(episodes, setting).items():
+        if getattr(setting, name) > limit:
+            raise UserError(
+                f"{where}: the run's --{name} is {getattr(setting, name)}, here it can be at most {limit}, as {why}: "
+                "give another data set, or train with fewer"
+            )
+    return episodes
 
 
 def forgetting_matrix(
@@ -241,8 +306,10 @@ def forgetting(options: ForgettingOptions) -> dict[str, Any]:
     """`mambacl forgetting`: how the answers for each task fare while the stream goes on.
 
     Returns:
-        METRIC_after_K_tasks (mean over the tasks seen); forgetting, the mean over tasks but the last of how much worse
-        the answer is at the end than at its best. Also written to forgetting.json (the whole matrix), with a plot.
+        METRIC_after_K_tasks (mean over the tasks seen); METRIC_by_lag, of tasks that were the last, the one before, …
+        when asked (lag 0, 1, …, T − 1: mean over all places in the stream where there is such a task); forgetting, the
+        mean over tasks but the last of how much worse the answer is at the end than at its best. Also written to
+        forgetting.json (the whole matrix), with a plot.
 
     Raises:
         UserError: more tasks than the vocabulary has symbols or the source classes.
@@ -254,7 +321,8 @@ def forgetting(options: ForgettingOptions) -> dict[str, Any]:
     if setting.tasks < 2:
         raise UserError("a stream of one task has nothing to forget: give --tasks 2 or more")
     metric, matrix = forgetting_matrix(run.model, run.data.test, setting, options.episodes, seed=run.config.seed)
-    found = {f"{metric}_after_{k + 1}_tasks": float(np.nanmean(matrix[k])) for k in range(len(matrix))}
+    found: dict[str, Any] = {f"{metric}_after_{k + 1}_tasks": float(np.nanmean(matrix[k])) for k in range(len(matrix))}
+    found[f"{metric}_by_lag"] = by_lag(matrix)
     found["forgetting"] = forgotten(metric, matrix)
     rows = [[None if np.isnan(value) else value for value in row] for row in matrix.tolist()]
     text = json.dumps({**found, "matrix": rows}, indent=2)
@@ -270,3 +338,8 @@ def forgotten(metric: str, matrix: np.ndarray) -> float:
     sign = 1.0 if metric == "accuracy" else -1.0
     before, last = sign * matrix[:-1, :-1], sign * matrix[-1, :-1]
     return float((np.nanmax(before, 0) - last).mean())
+
+
+def by_lag(matrix: np.ndarray) -> list[float]:
+    """Scores by how many tasks ago the task came: of lag l the mean over k of matrix[k, k − l]."""
+    return [float(np.diagonal(matrix, -lag).mean()) for lag in range(len(matrix))]

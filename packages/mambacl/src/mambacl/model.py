@@ -19,9 +19,15 @@ from torch import Tensor, nn
 
 from mambacl.attention import AttentionBlock, wide
 from mambacl.data import Episode
+from mambacl.episodes import INTEGERS, KINDS, check_codes, check_labels, check_shapes, finite
 from mambacl.scan import selective_scan
 
 State = tuple[Any, ...]
+
+ONE_VALUE = (
+    "batch norm in training has one value a channel, which has no variance: give more episodes or examples a part (a "
+    "larger --batch-size, more --shots, a smaller --accumulation), or call eval() to answer"
+)
 
 
 class Output(NamedTuple):
@@ -70,15 +76,24 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, height, width] -> the same shape."""
+        """[B, C, height, width] -> the same shape.
+
+        Raises:
+            UserError: one value a channel in training, over all processes: it has no variance.
+        """
         distributed = torch.distributed
+        alone = x.numel() <= x.shape[1]
         if not (self.training and distributed.is_available() and distributed.is_initialized()):
+            if self.training and alone:
+                raise UserError(ONE_VALUE)
             return super().forward(x)
         values = x.float()  # statistics in float32 under mixed precision too
         shape = (1, -1, 1, 1)
         count = values.new_tensor([values.numel() / values.shape[1]])
         sums = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)), count]))
         total = sums[-1]
+        if alone and float(total) <= 1:  # else the sum is not looked at: a GPU would be waited for
+            raise UserError(ONE_VALUE)
         mean = sums[:-1] / total
         centred = values - mean.view(shape)
         variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / total
@@ -273,7 +288,8 @@ class MambaBlock(nn.Module):
 
         "cb": softmax_j(C_i·B_j / √N): C plays a query, B a key; neither Δ nor A is in it. "full": the scan's own kernel
         Σ_n C_{i,n} exp(A_{d,n} Σ_{j<r≤i} Δ_{r,d}) Δ_{j,d} B_{j,n}, its absolute value summed over channels d and
-        normalised over j.
+        normalised over j, and then at least 1e-9: an early token's share decays to 0, and its log has no gradient. A
+        clamped token has none either.
         """
         if self.association == "cb":
             return torch.log_softmax(wide(queries) @ wide(keys).mT / math.sqrt(self.state_size), -1)
@@ -306,7 +322,8 @@ class MambaBlock(nn.Module):
         dt, B, C = self.x_proj(x).split([self.rank, self.state_size, self.state_size], -1)
         delta = F.softplus(wide(self.dt_proj(dt)))
         y, S = selective_scan(x, delta, -torch.exp(wide(self.A_log)), B, C, self.D, state=S, chunk=self.chunk)
-        return y * F.silu(z), padded[:, length:], S, delta, B, C
+        # a copy: a view would keep the whole stream's buffer alive
+        return y * F.silu(z), padded[:, length:].clone(), S, delta, B, C
 
     def _out(self, h: Tensor, y: Tensor) -> Tensor:
         h = h + self.out_proj(y)
@@ -387,8 +404,8 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
         encoder_width: int = 64,
     ) -> None:
         super().__init__()
-        if kind not in ("class", "vector", "angle", "image"):
-            raise UserError(f"kind {kind!r}: one of class, vector, angle, image")
+        if kind not in KINDS:
+            raise UserError(f"kind {kind!r}: one of {', '.join(KINDS)}")
         self.shape, self.kind, self.outputs, self.method = tuple(shape), kind, outputs, method
         self.positions = positions and method != "mamba"
         self.encoder = Encoder(encoder, shape, encoder_width, width)
@@ -423,15 +440,25 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
         """Read labelled examples, in order, after what ``state`` has seen (None: nothing yet).
 
         Args:
-            x: [B, M, *shape]. y: codes [B, M], or targets [B, M, O]. M may be 1: one example at a time.
+            x: [B, M, *shape], of any floating-point dtype. y: codes [B, M], or targets [B, M, O]. M may be 1: one
+                example at a time.
 
         Returns:
             The state after them. With Mamba, Linear Transformer and Performer it has the same size whatever M is.
 
         Raises:
-            UserError: shapes do not agree, or a code is outside the vocabulary.
+            UserError: shapes or dtypes do not agree, with each other or with ``state``; NaN or infinity; a code is
+                outside the vocabulary.
         """
-        return self._observe(x, y, state)[0]
+        x = self._examples(x, state)
+        check_labels(y, self.kind, self.outputs)
+        if y.shape[:2] != x.shape[:2]:
+            raise UserError(f"labels have the shape {tuple(y.shape)}, examples {tuple(x.shape)}: give one for each")
+        if self.kind == "class":
+            check_codes(y, self.outputs)
+        else:
+            finite(y, "y")
+        return self._read(self.encoder(x), self.encode_label(y), state)[0]
 
     def predict(self, x: Tensor, state: LearnerState | None) -> Tensor:
         """Answer queries x [B, Q, *shape] from ``state``, each by itself; the state stays as it is.
@@ -440,21 +467,25 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
             [B, Q, O]: logits over the vocabulary, or targets.
 
         Raises:
-            UserError: nothing was observed before, or shapes do not agree.
+            UserError: nothing was observed before; shapes or dtypes do not agree, also with ``state``; NaN or infinity.
         """
-        if state is None:
+        if state is None or not state.tokens:
             raise UserError("nothing to answer from: observe labelled examples first, then predict from that state")
-        return self._answer(x, state)[0]
+        return self._answer(self.encoder(self._examples(x, state)), state)[0]
 
     def forward(self, episode: Episode) -> Output:
         """The whole episode: the stream once, then all queries from the state after it (meta-objective, Section 3).
 
         Under batch norm in training, stream and queries are encoded together, as in the precursor's code.
+
+        Raises:
+            UserError: shapes or dtypes do not agree. No value is looked at, as this runs at every step:
+                :func:`mambacl.validate` does, once for episodes of your own.
         """
-        encoded = self.encoder(torch.cat([episode.x, episode.query_x], 1))
-        stream, asked = encoded.split([episode.x.shape[1], episode.query_x.shape[1]], 1)
-        state, keys = self._observe_encoded(stream, episode.y, None)
-        prediction, queries = self._answer_encoded(asked, state)
+        check_shapes(episode, self.kind, self.shape, self.outputs)
+        stream, labels, asked = self._encode(episode)
+        state, keys = self._read(stream, labels, None)
+        prediction, queries = self._answer(asked, state)
         return Output(prediction, self._associations(queries, keys))
 
     def forward_distributed(self, episode: Episode, after: Tensor) -> Output:
@@ -465,11 +496,28 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
 
         Returns:
             As :meth:`forward`; tokens that a query has not seen have log q = −1e9.
+
+        Raises:
+            UserError: as :meth:`forward`; tasks do not come one after the other, of as many examples each; or ``after``
+                is no task from the query's own on.
         """
-        tasks = int(episode.task.max()) + 1
-        shots = episode.x.shape[1] // tasks
-        encoded = self.encoder(torch.cat([episode.x, episode.query_x], 1))
-        stream, asked = encoded.split([episode.x.shape[1], episode.query_x.shape[1]], 1)
+        check_shapes(episode, self.kind, self.shape, self.outputs)
+        tasks, examples = int(episode.task.max()) + 1, episode.x.shape[1]
+        shots = examples // max(1, tasks)
+        order = torch.arange(examples, device=episode.task.device) // max(1, shots)
+        if tasks * shots != examples or (episode.task != order).any():
+            raise UserError(
+                "queries amid the stream need tasks 0, 1, … one after the other, of as many examples each: sort the "
+                "stream by task, or call forward"
+            )
+        if after.shape != episode.query_task.shape or after.dtype not in INTEGERS:
+            raise UserError(
+                f"after is {after.dtype} {tuple(after.shape)}: give a task (int64) for each query "
+                f"{tuple(episode.query_task.shape)}"
+            )
+        if ((after < episode.query_task) | (after >= tasks)).any():
+            raise UserError(f"after: a query is asked before its own task, or after task {tasks - 1}, the last one")
+        stream, labels, asked = self._encode(episode)
         state: LearnerState | None = None
         keys: list[Tensor] = []
         predictions: list[Tensor] = []
@@ -477,17 +525,17 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
         places: list[Tensor] = []
         for task in range(tasks):
             part = slice(task * shots, (task + 1) * shots)
-            state, new = self._observe_encoded(stream[:, part], episode.y[:, part], state)
+            state, new = self._read(stream[:, part], labels[:, part], state)
             keys = [torch.cat(pair, 2) for pair in zip(keys, new, strict=True)] if keys else new
             rows, columns = (after == task).nonzero(as_tuple=True)
             if not len(rows):
                 continue
             mine = LearnerState(tuple(tuple(t[rows] for t in block) for block in state.blocks), state.tokens)
-            prediction, queries = self._answer_encoded(asked[rows, columns].unsqueeze(1), mine)
+            prediction, queries = self._answer(asked[rows, columns].unsqueeze(1), mine)
             predictions.append(prediction.squeeze(1))
             places.append(rows * after.shape[1] + columns)
             for found, log_q in zip(associations, self._associations(queries, [k[rows] for k in keys]), strict=True):
-                unseen = 2 * (episode.x.shape[1] - (task + 1) * shots)
+                unseen = 2 * (examples - (task + 1) * shots)
                 found.append(F.pad(log_q.squeeze(2), (0, unseen), value=-1e9))
         order = torch.cat(places).argsort()
         shape = after.shape
@@ -498,19 +546,17 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
 
     def encode_label(self, y: Tensor) -> Tensor:
         """Label tokens [B, M, d] of codes [B, M] or targets [B, M, O]."""
-        return self.label(y)  # type: ignore[no-any-return]
+        return self.label(y.long() if self.kind == "class" else y.to(self.head.weight.dtype))  # type: ignore[no-any-return]
 
-    def _observe(self, x: Tensor, y: Tensor, state: LearnerState | None) -> tuple[LearnerState, list[Tensor]]:
-        self._check(x)
-        wanted = x.shape[:2] if self.kind == "class" else (*x.shape[:2], self.outputs)
-        if tuple(y.shape) != tuple(wanted):
-            raise UserError(f"labels have the shape {tuple(y.shape)}, examples want {tuple(wanted)}: one for each")
-        if self.kind == "class" and (int(y.min()) < 0 or int(y.max()) >= self.outputs):
-            raise UserError(f"a code is outside 0 … {self.outputs - 1}: more classes than the vocabulary has symbols")
-        return self._observe_encoded(self.encoder(x), y, state)
+    def _encode(self, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoded stream [B, M, d], its labels [B, M, d] and queries [B, Q, d], each batch norm's statistics of all."""
+        encoded = self.encoder(torch.cat([episode.x, episode.query_x], 1).to(self.head.weight.dtype))
+        stream, asked = encoded.split([episode.x.shape[1], episode.query_x.shape[1]], 1)
+        return stream, self.encode_label(episode.y), asked
 
-    def _observe_encoded(self, x: Tensor, y: Tensor, state: LearnerState | None) -> tuple[LearnerState, list[Tensor]]:
-        tokens = torch.stack([wide(x), wide(self.encode_label(y))], 2).flatten(1, 2)  # x_1, y_1, x_2, …
+    def _read(self, x: Tensor, y: Tensor, state: LearnerState | None) -> tuple[LearnerState, list[Tensor]]:
+        """The state after encoded examples and labels [B, M, d], and their keys by block."""
+        tokens = torch.stack([wide(x), wide(y)], 2).flatten(1, 2)  # x_1, y_1, x_2, …
         first = 0 if state is None else state.tokens
         if self.positions:
             tokens = tokens + sinusoids(first, tokens.shape[1], tokens.shape[2], tokens.device)
@@ -521,11 +567,8 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
             keys.append(key)
         return LearnerState(tuple(states), first + tokens.shape[1]), keys
 
-    def _answer(self, x: Tensor, state: LearnerState) -> tuple[Tensor, list[Tensor]]:
-        self._check(x)
-        return self._answer_encoded(self.encoder(x), state)
-
-    def _answer_encoded(self, h: Tensor, state: LearnerState) -> tuple[Tensor, list[Tensor]]:
+    def _answer(self, h: Tensor, state: LearnerState) -> tuple[Tensor, list[Tensor]]:
+        """Answers to encoded queries [B, Q, d], and their queries by block."""
         h = wide(h)
         if self.positions:
             h = h + sinusoids(state.tokens, 1, h.shape[-1], h.device)
@@ -540,8 +583,23 @@ class ContinualLearner(nn.Module, PyTorchModelHubMixin):
         pairs = zip(self.blocks, queries, keys, strict=True)
         return [block.log_association(query, key) for block, query, key in pairs]  # type: ignore[operator]
 
-    def _check(self, x: Tensor) -> None:
+    def _examples(self, x: Tensor, state: LearnerState | None) -> Tensor:
+        """x in the parameters' dtype, checked, against the state too."""
         if x.ndim != 2 + len(self.shape) or tuple(x.shape[2:]) != self.shape:
-            raise UserError(f"examples have the shape {tuple(x.shape)}: the learner wants [B, M, {self.shape}]")
-        if not x.shape[1]:
+            wanted = ", ".join(["B", "M", *(str(size) for size in self.shape)])
+            raise UserError(f"examples have the shape {tuple(x.shape)}: the learner wants [{wanted}]")
+        if not x.shape[0] or not x.shape[1]:
             raise UserError("no examples: give at least one")
+        if not x.is_floating_point():
+            raise UserError(f"x is {x.dtype}: give floating-point numbers, scaled as in meta-training")
+        if state is not None and len(state.blocks) != len(self.blocks):
+            raise UserError(
+                f"the state has {len(state.blocks)} blocks, the learner {len(self.blocks)}: give a state of its own"
+            )
+        if state is not None and len(state.blocks[0][0]) != len(x):
+            raise UserError(
+                f"x is of {len(x)} streams (B), the state of {len(state.blocks[0][0])}: give as many as were observed"
+            )
+        x = x.to(self.head.weight.dtype)
+        finite(x, "x")
+        return x

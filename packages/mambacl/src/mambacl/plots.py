@@ -80,19 +80,20 @@ def forgetting(metric: str, matrix: np.ndarray, path: Path) -> None:
     _save(figure, path)
 
 
-def generalization(curves: Mapping[str, Mapping[str, Mapping[float, float]]], metric: str, path: Path) -> None:
-    """A score by number of tasks, by shots and by noise: a panel for each, a curve for each learner."""
-    names = {"tasks": "tasks T", "shots": "shots S", "noise": "noise σ on the inputs"}
+def generalization(curves: Mapping[str, Mapping[str, Mapping[Any, float]]], metric: str, path: Path) -> None:
+    """A score by number of tasks, shots, noise and data set: a panel for each, a curve for each learner."""
+    names = {"tasks": "tasks T", "shots": "shots S", "noise": "noise σ on the inputs", "dataset": "data set"}
     varied = [name for name in names if any(name in its for its in curves.values())]
     figure = Figure(figsize=(3.6 * len(varied), 3.6), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(varied), sharey=True))
     for axes, name in zip(panels, varied, strict=True):
         for i, (learner, its) in enumerate(curves.items()):
-            points = sorted(its.get(name, {}).items())
-            x, y = [p[0] for p in points], [p[1] for p in points]
+            points = [*its.get(name, {}).items()] if name == "dataset" else sorted(its.get(name, {}).items())
+            x = [Path(place).name if name == "dataset" else place for place, _ in points]
+            y = [value for _, value in points]
             axes.plot(x, y, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4, label=learner)
         axes.set(xlabel=names[name])
-        if name != "noise":
+        if name in ("tasks", "shots"):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel(LABELS[metric])
     panels[0].legend(fontsize=7)

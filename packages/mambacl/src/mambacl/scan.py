@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from metazoo.errors import UserError
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def scan_step(
@@ -44,8 +44,11 @@ def scan_parallel(
     """The associative scan (Hillis and Steele) over (a, u) = (exp(Δ A), (Δ x) ⊗ B): log₂ l passes over b·l·d·n numbers.
 
     Returns:
-        y [b, l, d] and the last state [b, d, n]; all of it differentiable by autograd, which keeps every pass.
+        y [b, l, d] and the last state [b, d, n] (the first one where l is 0); all of it differentiable by autograd,
+        as often as wanted, which keeps every pass.
     """
+    if not x.shape[1]:
+        return x, x.new_zeros(x.shape[0], *A.shape) if state is None else state
     decay = torch.exp(delta.unsqueeze(-1) * A)
     update = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)
     if state is not None:
@@ -90,21 +93,30 @@ def selective_scan(
 
     Forward it holds the b·chunk·d·n numbers of one chunk and keeps the state at the start of each one; backward
     computes a chunk's states again from there. So it needs memory for b·(l/chunk + 3·chunk)·d·n numbers where autograd
-    over :func:`scan_parallel` keeps b·l·d·n several times, and reads each of them about once.
+    over :func:`scan_parallel` keeps b·l·d·n several times, and reads each of them about once. There is no second
+    derivative: :func:`scan_parallel` has it.
 
     Args:
         x, delta: [b, l, d]; delta is positive (after softplus). A: [d, n], negative. B, C: [b, l, n]. D: [d] or None.
         state: S before the first step [b, d, n]; None for zeros. Gradients go through it.
-        chunk: steps held at a time; l need not be a multiple of it.
-        doubling: within a chunk, log₂(chunk) wide passes instead of ``chunk`` narrow ones. [default: on a GPU]
+        chunk: steps held at a time, 1 or more; l need not be a multiple of it, and may be 0.
+        doubling: within a chunk, log₂(chunk) wide passes instead of ``chunk`` narrow ones: fewer calls, but
+            b·l·d·n·log₂(chunk) operations for b·l·d·n, and memory for 5·chunk in place of 3·chunk above. [default: on
+            a GPU]
 
     Returns:
-        y [b, l, d] in the dtype of x, and the last state [b, d, n] in float32 (float64 for float64), with gradient.
+        y [b, l, d] in the dtype of x, and the last state [b, d, n] in float32 (float64 for float64), with gradient;
+        where l is 0, the first state.
 
-    On a GPU with mamba-ssm (extra ``cuda``) its fused kernel is used where no gradient is asked for and no state is
-    given: its own last state carries none.
+    Raises:
+        UserError: shapes that do not agree, or a chunk below 1; in the backward pass, if its graph is to be kept
+            (``create_graph``).
+
+    On a GPU with mamba-ssm (extra ``cuda``) its fused kernel is used where no gradient is asked for, no state is given
+    (its own last state carries none) and x is not float64 (it works in float32).
     """
-    if state is None and x.is_cuda and not torch.is_grad_enabled() and _fused_kernel() is not None:
+    _check(x, delta, A, B, C, D, state, chunk)
+    if _fusible(x, state) and _fused_kernel() is not None:
         return _fused(x, delta, A, B, C, D)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = [tensor.to(dtype) for tensor in (x, delta, A, B, C)]
@@ -115,6 +127,28 @@ def selective_scan(
     if D is not None:
         y = y + D * wide[0]
     return y.to(x.dtype), last
+
+
+def _check(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None, chunk: int
+) -> None:
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}: give 1 or more")
+    if x.ndim != 3 or A.ndim != 2:
+        raise UserError(f"x is {tuple(x.shape)} and A {tuple(A.shape)}: the scan wants [b, l, d] and [d, n]")
+    (b, length, d), n = x.shape, A.shape[1]
+    for name, tensor, wanted in (
+        ("delta", delta, (b, length, d)), ("A", A, (d, n)), ("B", B, (b, length, n)), ("C", C, (b, length, n)),
+        ("D", D, (d,)), ("state", state, (b, d, n)),
+    ):  # fmt: skip
+        if tensor is not None and tensor.shape != wanted:
+            raise UserError(f"{name} is {tuple(tensor.shape)}: for x {tuple(x.shape)} the scan wants {wanted}")
+
+
+def _fusible(x: Tensor, state: Tensor | None) -> bool:
+    """Whether the fused kernel may stand in: it has no first state, no gradient of the last one, and no float64."""
+    free = state is None and not torch.is_grad_enabled()
+    return free and x.is_cuda and x.dtype != torch.float64 and x.shape[1] > 0
 
 
 @functools.cache
@@ -165,8 +199,9 @@ class _ChunkedScan(torch.autograd.Function):
         return y.transpose(0, 1), state.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would let a wrong second derivative pass in silence
+            raise UserError("selective_scan has no second derivative (create_graph): use mambacl.scan.scan_parallel")
         x, delta, A, B, C, starts = ctx.saved_tensors
         grad_y = grad_y.transpose(0, 1).contiguous()
         grad_x, grad_delta, grad_B, grad_C = (torch.empty_like(tensor) for tensor in (x, delta, B, C))

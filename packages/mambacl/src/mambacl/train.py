@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from metazoo import checkpoint, loop, runfolder
 from metazoo.errors import UserError
 from metazoo.options import RunOptions
@@ -17,7 +18,7 @@ from torch import nn
 from mambacl import data
 from mambacl.baselines import OML, GeMCL, Offline, PrototypicalNetwork
 from mambacl.config import PRESETS, SEQUENCE, Config
-from mambacl.data import Episode, EpisodeConfig
+from mambacl.data import Episode, EpisodeConfig, validate
 from mambacl.model import ContinualLearner, Encoder, MambaBlock, Output
 from mambacl.selectivity import relevant_mass, relevant_tokens, selectivity_loss, task_attention, task_loss
 
@@ -103,6 +104,17 @@ class MambaCLLearner:
                 f"{config.batch_size} episodes a step for {accelerator.num_processes} processes x "
                 f"{config.accumulation} parts: use a larger --batch-size or a smaller --accumulation"
             )
+        # the encoder of vector labels has batch norm (so may that of examples, but queries make them two at least)
+        labels = config.batch_size // config.accumulation * config.tasks * config.shots * accelerator.num_processes
+        if isinstance(self.model, ContinualLearner) and self.model.kind != "class" and labels < 2:
+            raise UserError(
+                f"--batch-size {config.batch_size} in --accumulation {config.accumulation} parts with --tasks 1 and "
+                "--shots 1: one label a part, which batch norm cannot normalise; give more of one, or fewer parts"
+            )
+
+        first = source.train.draw(1, torch.Generator().manual_seed(config.seed), self.setting)
+        in_order = bool(config.task_attention or config.distributed_until)
+        validate(first, source.train.kind, config.vocabulary, task_order=in_order)  # a source may be the user's own
 
     def state(self) -> Mapping[str, checkpoint.Stateful]:
         return {"model": self.model, "optimizer": self.optimizer}
@@ -118,7 +130,13 @@ class MambaCLLearner:
         return episode, episode.query_task + later
 
     def step(self, step: int) -> dict[str, Any]:
-        """Meta-train on new episodes; ``step`` counts from 0."""
+        """Meta-train on new episodes; ``step`` counts from 0.
+
+        Returns:
+            The terms of the whole batch, lr and grad_norm. In rows that are logged, of Mamba by block: delta_mean,
+            delta_p95 and state_norm, of this process's last part only (of queries amid the stream: of its last task).
+            Every ``eval_every`` steps meta_train_METRIC and meta_test_METRIC.
+        """
         config = self.config
         logged = (step + 1) % self.log_every == 0 or step + 1 == self.steps
         rate = config.lr * config.decay ** (step // config.decay_every) * min(1.0, (step + 1) / max(1, config.warmup))
@@ -135,13 +153,16 @@ class MambaCLLearner:
         row: dict[str, Any] = {**found, "lr": rate, "grad_norm": norm}
         if logged and mamba:
             row |= {name: [float(block.statistics[name]) for block in mamba] for name in mamba[0].statistics}
+            for block in mamba:
+                block.watch = False
         if isinstance(self.model, OML):
             row["inner_lr"] = self.model.inner_log_lr.detach().exp()
         if config.eval_every and (step + 1) % config.eval_every == 0:
-            from mambacl.evaluate import meta_test
+            from mambacl.evaluate import TEST, TRAIN, meta_test
 
-            for name, episodes in (("meta_train", self.source.train), ("meta_test", self.source.test)):
-                score = meta_test(self.model, episodes, self.setting, config.eval_episodes, seed=config.seed)
+            parts = (("meta_train", self.source.train, TRAIN), ("meta_test", self.source.test, TEST))
+            for name, episodes, held in parts:
+                score = meta_test(self.model, episodes, self.setting, config.eval_episodes, seed=config.seed, held=held)
                 row |= {f"{name}_{score.metric}": score.mean}
         return row
 
@@ -208,10 +229,22 @@ def train(config: Config = PRESETS["small"], options: RunOptions | None = None) 
         :class:`ContinualLearner` loads it; sequence models only) and a plot.
 
     Raises:
-        UserError: the config does not fit the data, or the folder holds another run.
+        UserError: the config does not fit the data, --eval-every not --log-every, this process has worked in another
+            precision, or the folder holds another run.
     """
     options = loop.with_folder(options or RunOptions(), loop.default_folder("mambacl", "small"))
     assert options.output_dir is not None
+    steps = 0 if config.method == "offline" else config.steps
+    if config.eval_every % options.log_every and config.eval_every < steps:  # the last step always has its row
+        raise UserError(
+            f"--eval-every is {config.eval_every}, --log-every {options.log_every}: a meta-test stands in the row of "
+            "its step, so give a multiple of --log-every"
+        )
+    if is_initialized() and (kept := AcceleratorState().mixed_precision) != config.precision:
+        raise UserError(
+            f"--precision is {config.precision}, but this process has worked with {kept}, which Accelerate keeps: "
+            "start a new process"
+        )
     accelerator = loop.prepare(options, seed=config.seed, precision=config.precision)
     learner = MambaCLLearner(config, data.load(config), accelerator, options.log_every)
     folder = runfolder.RunFolder(options.output_dir, config, resume=options.resume, main=accelerator.is_main_process)
