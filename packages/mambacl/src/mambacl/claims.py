@@ -425,11 +425,13 @@ def plot(folder: Path, scale: str) -> None:
         return {arm: np.mean(values, 0) for arm, values in of.items() if values}
 
     shown = "selectivity-final" if "selectivity-final" in cells else "selectivity-faster"
-    curves = {
-        arm: {"steps": found[0]["steps"], "values": [m["curve"] for m in found]}
-        for arm, found in cells.get(shown, {}).items()
-        if arm in ("mamba", "plain", "lambda-0.1", "lambda-0.5", "linear", "linear-plain")
-    }
+    curves = {}
+    for arm in ("plain", "lambda-0.1", "lambda-0.5", "mamba", "linear-plain", "linear"):
+        found = cells.get(shown, {}).get(arm)
+        if found:
+            config = _features(scale, arm)[arm]
+            label = f"{'Mamba' if config.method == 'mamba' else 'Linear Transformer'}, λ = {config.selectivity:g}"
+            curves[label] = {"steps": found[0]["steps"], "values": [m["curve"] for m in found]}
     if curves:
         plots.learning_curves(curves, folder / f"learning-{scale}.png", ylabel="meta-test accuracy [%]")
     maps = means(shown, "associations")
@@ -449,6 +451,6 @@ def plot(folder: Path, scale: str) -> None:
             folder / f"generalization-{scale}.png",
         )
     for claim_name, metric, name in (("omniglot-linear", "accuracy", "omniglot"), ("sine-recurrent", "mse", "sine")):
-        found = means(claim_name, "by_task")
-        if found:
-            plots.by_task(found, metric, folder / f"forgetting-{name}-{scale}.png")
+        places = means(claim_name, "by_task")
+        if places:
+            plots.by_task(places, metric, folder / f"forgetting-{name}-{scale}.png")

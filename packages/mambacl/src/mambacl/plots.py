@@ -54,14 +54,15 @@ def training(run: Run, path: Path) -> None:
 
 def by_task(curves: Mapping[str, Sequence[float]], metric: str, path: Path) -> None:
     """A score by the task's place in the stream, a curve for each learner."""
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for i, (name, values) in enumerate(curves.items()):
         places = np.arange(1, len(values) + 1)
-        axes.plot(places, values, color=COLOURS[i % 8], marker=MARKERS[i % 8], label=name)
+        style = "-" if i < 8 else "--"
+        axes.plot(places, values, style, color=COLOURS[i % 8], marker=MARKERS[i % 8], label=name)
     axes.set(xlabel="place of the task in the stream (1: the oldest)", ylabel=LABELS[metric])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     _save(figure, path)
 
 
