@@ -92,12 +92,12 @@ def reproduce(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def bench(session: nox.Session) -> None:
-    """Benchmarks: -- NAME|shared [SCRIPT [arguments]]; all scripts but official_*, which need a peer's own setting."""
+    """Benchmarks: -- NAME|shared [SCRIPT [arguments]]; all but official_* (a peer's own setting) and tuning (hours)."""
     name, *arguments = session.posargs or [""]
     if name not in FOLDERS:
         session.error(f"name a folder: nox -s bench -- {{{'|'.join(FOLDERS)}}} [SCRIPT [arguments]]")
     scripts = {path.stem: path for path in sorted((FOLDERS[name] / "benchmarks").glob("*.py"))}
-    chosen = [stem for stem in scripts if not stem.startswith("official")]
+    chosen = [stem for stem in scripts if not stem.startswith(("official", "tuning"))]
     if arguments:
         chosen, arguments = [arguments[0].removesuffix(".py")], arguments[1:]
     if not chosen or chosen[0] not in scripts:
