@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -361,14 +360,6 @@ def test_another_precision(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--precision is bf16, but this process has worked with no"):
         train(dataclasses.replace(TINY, precision="bf16"), RunOptions(output_dir=tmp_path / "run"))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("repeats", [1, 2])
-def test_benchmark_repeats(repeats: int) -> None:
-    """One repeat has a median, too, and no spread."""
-    script = Path(__file__).parents[1] / "benchmarks" / "speed.py"
-    found = runpy.run_path(str(script))["in_turn"]({"a": lambda: None}, repeats)["a"]
-    assert found["q25"] <= found["median"] <= found["q75"]
 
 
 def test_unfinished_and_foreign_runs(tmp_path: Path) -> None:
