@@ -81,7 +81,7 @@ def _named(state: LearnerState) -> dict[str, torch.Tensor]:
 
 def _read_state(path: Path, learner: ContinualLearner, tokens: int) -> LearnerState:
     """The state after ``tokens`` that ``path`` holds; ValueError if ``learner`` makes none like it."""
-    tensors = load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # some versions map the file
     code = torch.zeros(1, 1, dtype=torch.int64)
     with torch.no_grad():
         fresh = learner.observe(learner.head.weight.new_zeros(1, 1, *learner.shape), code)
