@@ -791,6 +791,7 @@ def test_images_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wra
         data.encode_images(np.zeros((5, 3), dtype=np.float32), "clip")
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0")  # of tokenizers, by an older transformers
 def test_with_the_real_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny BERT and a tiny CLIP with random weights, saved and loaded as the hub's are; batches do not matter."""
     import transformers
