@@ -139,8 +139,7 @@ def fit(
                     progress.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
             stop = bool(received) if accelerator.num_processes == 1 else _any(bool(received), accelerator, done)
             if done % options.checkpoint_every == 0 or done == steps or stop:
-                if folder.main:
-                    checkpoint.save(folder.checkpoints, done, state, keep=options.keep)
+                _save(folder, done, state, options.keep)
                 saved = done
                 accelerator.wait_for_everyone()
             if stop:
@@ -150,10 +149,19 @@ def fit(
                 if folder.main:
                     _say(f"stopped after step {done}: add --resume to go on")
                 raise Stopped(128 + number)
-    if saved < 0 and folder.main:  # nothing was left to do, or no steps were asked for
-        checkpoint.save(folder.checkpoints, steps, state, keep=options.keep)
+    if saved < 0:  # nothing was left to do, or no steps were asked for
+        _save(folder, steps, state, options.keep)
     session.end()
     return list(read_metrics(folder.metrics_path)) if folder.metrics_path.exists() else []
+
+
+def _save(folder: RunFolder, done: int, state: Mapping[str, checkpoint.Stateful], keep: int) -> None:
+    """A checkpoint after ``done`` steps, of the main process; all call it."""
+    if folder.main:
+        checkpoint.save(folder.checkpoints, done, state, keep=keep)
+    else:
+        for part in state.values():
+            part.state_dict()  # sharded parts gather in it, which takes all processes
 
 
 class _Session:
