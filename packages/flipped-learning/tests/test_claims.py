@@ -72,16 +72,20 @@ def test_every_small_arm_can_be_built(claim: Claim) -> None:
 @LISTED
 @pytest.mark.parametrize("scale", ["small", "paper"])
 def test_arms_have_one_budget(claim: Claim, scale: str) -> None:
-    """The same data, label words, steps and size for every arm, and nothing that the claim is not about."""
+    """The same data, label words, steps and size for every arm; the same rate for all that were not tuned."""
     budgets = {
         (
             config.dataset, config.zero_shot, config.pairs, config.steps, config.batch_size, config.optimizer,
-            config.lr, config.warmup, config.decay, config.clip, config.dropout, config.vocabulary, config.width,
+            config.warmup, config.decay, config.clip, config.dropout, config.vocabulary, config.width,
             config.layers, config.pretrain_steps, config.template_names, config.max_examples,
         )
         for config in arms(claim, scale).values()
     }  # fmt: skip
     assert len(budgets) == 1
+    found = arms(claim, scale)
+    for arm, config in found.items():
+        if not claim.tuning[arm]:  # the rate of the arm that it varies
+            assert config.lr == found[claim.treatment].lr, arm
 
 
 def test_what_the_arms_vary() -> None:

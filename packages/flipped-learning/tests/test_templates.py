@@ -228,3 +228,11 @@ def test_refused_yaml(tmp_path, content, message):
 def test_missing_yaml(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_templates(tmp_path / "none.yaml")
+
+
+def test_a_target_that_is_an_index() -> None:
+    """A column of label texts becomes an index on the way in: "||| {{label}}" then renders a number."""
+    template = Template("t", "{{text}} Good or bad? ||| {{label}}", "bad ||| good")
+    assert template.apply({"text": "fine", "label": 1}).label == 1
+    with pytest.raises(NoInstance, match="not one of"):
+        template.apply({"text": "fine", "label": 2})

@@ -77,13 +77,13 @@ class Config:
     """Tokens of a source; what is longer is cut in the instance's text, never in instruction or label."""
     max_target: int = 128
     """Tokens of a target."""
-    steps: int = 600
+    steps: int = 800
     """Meta-training steps."""
     batch_size: int = 32
     """Instances in one step, over all processes; flipped passes each twice, with the right and a wrong label."""
     optimizer: Literal["adam", "adafactor"] = "adam"
     """Adam, or Adafactor at a constant rate as the paper's."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate."""
     warmup: int = 0
     """Steps over which it rises."""

@@ -56,14 +56,8 @@ FOLDERS = {  # where promptsource keeps a set
     "generated": "rotten_tomatoes", "mr": "rotten_tomatoes", "sst2": "glue/sst2", "trec": "trec",
     "rte": "super_glue/rte", "ag_news": "ag_news", "paws": "paws/labeled_final",
 }  # fmt: skip
-TREC_LABELS = (
-    2,
-    1,
-    0,
-    3,
-    4,
-    5,
-)  # files: description 0, entity 1, abbreviation 2; hub and templates: the other way round
+# files have description 0, entity 1, abbreviation 2; the hub and the templates the other way round
+TREC_LABELS = (2, 1, 0, 3, 4, 5)
 CAP = 500_000  # T0's cap on a data set: this many examples, over the number of its templates
 P3 = "bigscience/P3"
 FAILURES = 100

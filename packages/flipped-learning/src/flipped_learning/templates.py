@@ -166,13 +166,16 @@ class Template:
         return SEPARATOR not in self.jinja or "label" in _undeclared(self.jinja, self.name)
 
     def answer(self, target: str, options: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-        """Options and the index of the right one; a target with words around an option frames all options alike.
+        """Options and the index of the right one; a target with words around an option frames all options alike, and
+        one that is a number (as of "||| {{label}}") is an index.
 
         Raises:
             NoInstance: the target is no option, nor has it exactly one in it.
         """
         if target in options:
             return options, options.index(target)
+        if target.isdecimal() and int(target) < len(options):
+            return options, int(target)
         found = [(at, spans) for at, option in enumerate(options) if (spans := _occurrences(option, target))]
         if len(found) != 1 or len(found[0][1]) != 1:
             shown = ", ".join(map(repr, options))

@@ -228,9 +228,9 @@ def train(config: Config = PRESETS["small"], options: RunOptions | None = None) 
         )
     accelerator = loop.prepare(options, seed=config.seed, precision=config.precision)
     main = accelerator.is_main_process
-    if main and not options.resume and (options.output_dir / "config.json").exists():
-        # said now, as pre-training may take minutes
-        raise UserError(f"{options.output_dir} already holds a run: add --resume, or choose another --output-dir")
+    if main and (options.output_dir / "config.json").exists():
+        # what would refuse the folder is said now, as pre-training may take minutes
+        runfolder.RunFolder(options.output_dir, config, resume=options.resume).close()
     learner = FlippedLearner(config, data.load(config), accelerator)
     folder = runfolder.RunFolder(options.output_dir, config, resume=options.resume, main=main)
     try:
