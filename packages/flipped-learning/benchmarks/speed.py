@@ -181,12 +181,14 @@ def memory(width: int) -> dict[str, object]:
 
 def unlikelihood(width: int, repeats: int) -> dict[str, object]:
     """A step of λ = 1 (2B rows) over one of λ = 0 (B rows): what the wrong labels cost."""
-    model, tokenizer, source, config = setup(width)
+    model, tokenizer, source, _ = setup(width)
     collator = FlippedCollator(tokenizer)
     rng = np.random.default_rng(0)
     instances = data.draw(source.tasks, BATCH, rng, 0)
     batches = {"right": collator(instances), "right and wrong": collator(instances, data.wrong_options(instances, rng))}
-    steps = {name: (lambda batch=batch: batch_log_probs(model, batch).sum().backward()) for name, batch in batches.items()}
+    steps = {
+        name: (lambda batch=batch: batch_log_probs(model, batch).sum().backward()) for name, batch in batches.items()
+    }
     found = in_turn(steps, repeats)
     share = round(found["right and wrong"]["median"] / found["right"]["median"], 2)
     return {"width": width, "milliseconds": found, "right and wrong / right": share}

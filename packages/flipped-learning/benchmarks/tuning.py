@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "t5": {
         "rates": (1e-3, 2e-3, 4e-3),
-        "arms": {"t5-novel-labels": ("flipped", "direct-untied", "channel")},
+        "arms": {"t5-novel-labels": ("flipped", "direct-tied", "direct-untied", "channel")},
     },
 }
 

@@ -525,7 +525,7 @@ TEXTS = {
     "no field": (("Say it.",), (), "<extra_id_0>", "<extra_id_0> Say it. <extra_id_1>"),
     "marks in the text": (
         ("", " Is <extra_id_1> it?"), ("a <extra_id_0> b",),
-        "a <extra id 0> b <extra_id_0>", "<extra_id_0> Is <extra id 1> it? <extra_id_1>",
+        "a < extra_id_0> b <extra_id_0>", "<extra_id_0> Is < extra_id_1> it? <extra_id_1>",
     ),
 }  # fmt: skip
 
@@ -536,12 +536,12 @@ def test_texts_by_hand(case: str) -> None:
     pieces, fields, source, target = TEXTS[case]
     instance = Instance(pieces, fields, ("so <extra_id_5>", "no"), None)
     found = source_and_target(instance, "so <extra_id_5>", "flipped")
-    assert found == (f"input: {source}\noutput: so <extra id 5>", target)
+    assert found == (f"input: {source}\noutput: so < extra_id_5>", target)
     bare = source_and_target(instance, "no", "flipped", sentinels=False)
     shown = " ".join(re.sub(r"<extra_id_\d+>", "", source).split(" "))
     assert " ".join(bare[0].split()) == " ".join(f"input: {shown}\noutput: no".split())
     assert bare[1] == re.sub(r" ?<extra_id_\d+> ?", " ", target).strip()
-    prompt = instance.prompt.replace("<extra_id_", "<extra id ")
+    prompt = instance.prompt.replace("<extra_id_", "< extra_id_")
     for sentinels in (True, False):
         assert source_and_target(instance, "no", "direct", sentinels=sentinels) == (prompt, "no")
         assert source_and_target(instance, "no", "channel", sentinels=sentinels) == ("no", prompt)

@@ -77,7 +77,7 @@ class Config:
     """Tokens of a source; what is longer is cut in the instance's text, never in instruction or label."""
     max_target: int = 128
     """Tokens of a target."""
-    steps: int = 800
+    steps: int = 600
     """Meta-training steps."""
     batch_size: int = 32
     """Instances in one step, over all processes; flipped passes each twice, with the right and a wrong label."""
@@ -234,9 +234,6 @@ PRESETS: dict[str, Config] = {
         _PAPER, model="google/t5-v1_1-xxl", precision="bf16", fsdp=True, optimizer="adam", accumulation=5
     ),
     "base": replace(_PAPER, model="google/t5-v1_1-base", batch_size=128, accumulation=8, steps=2000, lr=1e-4),
-    "reviews": Config(
-        dataset=("mr",), zero_shot=("cr",), pairs=3, vocabulary=4000, pretrain_steps=2000, steps=1200, decay=True,
-    ),
     "bag": Config(
         dataset=("mr",), zero_shot=("cr",), pairs=3, model="bag", vocabulary=3000, width=24, batch_size=64,
         steps=800, lr=2e-3, clip=0.0,

@@ -6,7 +6,8 @@ A prompted instance is (I, x, L = {l_1 … l_K}, l_c): instruction, input, optio
     DIRECT   argmax_k P(l_k | I, x)        CHANNEL  argmax_k P(I, x | l_k)        FLIPPED  argmax_k P(I | x, l_k)
 
 Meta-training minimises L = L_LM + λ L_UL with
-    L_LM = −Σ_t log P(I_t | x, l_c, I_<t)        L_UL = −Σ_t log(1 − P(I_t | x, l_w, I_<t))        l_w drawn from L \\ {l_c}
+    L_LM = −Σ_t log P(I_t | x, l_c, I_<t)        L_UL = −Σ_t log(1 − P(I_t | x, l_w, I_<t))
+and l_w drawn uniformly from L without l_c.
 Both terms train all weights; nothing is detached. Sums are divided by the number of tokens that count, over the whole
 batch, as T5 does (the paper does not say: sum or mean).
 """

@@ -28,7 +28,7 @@ def words(text: str) -> list[str]:
 
 
 def build_vocabulary(texts: Iterable[str], size: int, always: Iterable[str] = ()) -> dict[str, int]:
-    """The ``size`` most frequent words, of equal ones the first in the alphabet, and those of ``always``; 0: unknown."""
+    """Ids from 1 of the ``size`` most frequent words (of equal ones the first in the alphabet) and of ``always``."""
     counts = Counter(word for text in texts for word in words(text))
     kept = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]]
     kept = [*dict.fromkeys([*kept, *always])]

@@ -45,7 +45,7 @@ from transformers import (
 from flipped_learning.config import Config
 
 CACHE_VARIABLE = "METAZOO_CACHE"  # folder of pre-trained models [default: ~/.cache/metazoo]
-CACHE_FORMAT = 3  # to be raised when pre-training itself changes
+CACHE_FORMAT = 1  # to be raised when pre-training itself changes
 SENTINELS = 100
 PRETRAIN_LENGTH = 64  # tokens of a text in pre-training
 CHECKPOINT_EVERY = 250  # steps of pre-training
@@ -144,9 +144,7 @@ def tiny_t5(config: Config, tokenizer: PreTrainedTokenizerBase) -> T5ForConditio
     )
     settings.tie_word_embeddings = config.tied  # T5Config of transformers 5 has set it to True
     model = T5ForConditionalGeneration(settings)
-    # T5 draws embeddings with std 1: in a few thousand steps rare words would hardly move from there
-    nn.init.normal_(model.shared.weight, std=config.width**-0.5)
-    if not config.tied:
+    if not config.tied:  # transformers draws with std 1, T5's own code with this, so that logits begin at unit variance
         nn.init.normal_(model.lm_head.weight, std=config.width**-0.5)
         # transformers 5 has untied these, too; T5 v1.1 has one table for both inputs
         model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
