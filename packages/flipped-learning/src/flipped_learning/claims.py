@@ -64,7 +64,7 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
 
     Returns:
         seen_f1, novel_f1 (means over pairs: of training, of none) and gap (seen − novel) on the first sentiment set;
-        other_novel_f1 on the last, where one was not trained on; by_pair and other_by_pair; of rows that were logged steps,
+        other_novel_f1 on the last, where one was not trained on; by_pair and other_by_pair; of logged rows steps,
         log_p_right and log_p_wrong; parameters, seconds_of_training.
     """
     import tempfile

@@ -83,7 +83,8 @@ class FlippedLearner:
         self.model: nn.Module
         self.collator: FlippedCollator | None = None
         if config.model == "bag":
-            always = [word for pair in (*SEEN_PAIRS, *(() if config.hide_words else NOVEL_PAIRS)) for word in pair]
+            # hidden words have an embedding, too: one that no text has trained
+            always = [word for pair in (*SEEN_PAIRS, *NOVEL_PAIRS) for word in pair]
             texts = (str(text) for task in source.tasks for one in task.train for text in _texts(one))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
