@@ -27,7 +27,7 @@ _BAG_ARMS = {
     "direct-untied": _BAG_UNTIED,
 }
 
-# A T5 of two layers, pre-trained here, on generated reviews: on MR one of this size learns nothing in minutes.
+# A T5 of two layers, pre-trained here, on generated reviews.
 _T5 = PRESETS["small"]
 _T5_ARMS = {
     "flipped": _T5,
@@ -36,6 +36,9 @@ _T5_ARMS = {
     "no-unlikelihood": replace(_T5, unlikelihood=0.0),
     "channel": replace(_T5, method="channel", lr=4e-3),
 }
+# The same from scratch on MR. With three pairs it learned nothing in pilot runs of a thousand steps.
+_T5_FILM = replace(_T5, dataset=("mr",), pairs=1, vocabulary=4000, pretrain_steps=1000, steps=1200)
+_T5_FILM_ARMS = {"flipped": _T5_FILM, "direct-untied": replace(_T5_FILM, method="direct")}
 
 # The paper's mixture; label words are exchanged on film and product reviews that are not in it.
 _PAPER = replace(PRESETS["paper"], zero_shot=("mr", "cr"))
@@ -63,9 +66,9 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
     Of bags all test examples are scored, of language models the first 200 of each set.
 
     Returns:
-        seen_f1, novel_f1 (means over pairs: of training, of none) and gap (seen − novel) on the first sentiment set;
-        other_novel_f1 on the last, where one was not trained on; by_pair and other_by_pair; of logged rows steps,
-        log_p_right and log_p_wrong; parameters, seconds_of_training.
+        seen_f1, novel_f1 (means over pairs: of training, of none), gap (seen − novel) and novel_accuracy on the first
+        sentiment set; other_novel_f1 on the last, where one was not trained on; by_pair and other_by_pair; of logged
+        rows steps, log_p_right and log_p_wrong; parameters, seconds_of_training.
     """
     import tempfile
     import time
@@ -73,7 +76,7 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
     import numpy as np
     from metazoo.options import RunOptions
 
-    from flipped_learning.evaluate import open_templates, pair_scores, seen_pairs
+    from flipped_learning.evaluate import open_templates, pair_metrics, pair_scores, seen_pairs
     from flipped_learning.model import parameters
     from flipped_learning.templates import NOVEL_PAIRS
     from flipped_learning.train import train
@@ -87,7 +90,9 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
     tasks = [task for task in (*run.data.tasks, *run.data.zero_shot) if task.sentiment and open_templates(task)]
     limit = None if config.model == "bag" else 200
     seen = seen_pairs(config)
-    first = pair_scores(run, tasks[0], [*seen, *NOVEL_PAIRS], limit, progress=False)
+    scored = pair_metrics(run, tasks[0], [*seen, *NOVEL_PAIRS], limit, progress=False)
+    found["novel_accuracy"] = float(np.mean([scored[pair]["accuracy"] for pair in NOVEL_PAIRS]))
+    first = {pair: values["macro_f1"] for pair, values in scored.items()}
     found["seen_f1"] = float(np.mean([first[pair] for pair in seen]))
     found["novel_f1"] = float(np.mean([first[pair] for pair in NOVEL_PAIRS]))
     found["gap"] = found["seen_f1"] - found["novel_f1"]
@@ -330,6 +335,24 @@ CLAIMS: tuple[Claim, ...] = (
         chance=_CHANCE,
         tuning=_tuned(_T5_ARMS, 3, "no-unlikelihood"),
         also=("seen_f1", "gap", "parameters"),
+    ),
+    Claim(
+        name="t5-film-reviews",
+        version=1,
+        source="Section 5.2, label generalization",
+        statement="On real film reviews, too, this T5 as FLIPPED is more accurate than as DIRECT on novel label words, "
+        "with one pair of them in 1,200 steps from scratch",
+        paper="up to +20 points of average F1 over T0-11B",
+        metric="novel_accuracy",
+        arms={"small": _T5_FILM_ARMS, "paper": {arm: _PAPER_ARMS[arm] for arm in _T5_FILM_ARMS}},
+        measure=measure,
+        treatment="flipped",
+        baseline="direct-untied",
+        margin=0.0,
+        seeds=5,
+        chance=50.0,
+        tuning=_tuned(_T5_FILM_ARMS, 0),
+        also=("seen_f1", "novel_f1", "parameters"),
     ),
     Claim(
         name="cost",

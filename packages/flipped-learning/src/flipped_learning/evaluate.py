@@ -54,10 +54,10 @@ def open_templates(task: Task) -> list[Template]:
     return [template for template in task.templates if template.takes_pairs]
 
 
-def pair_scores(
+def pair_metrics(
     run: Run, task: Task, pairs: Sequence[Pair], limit: int | None, *, batch_size: int = 64, progress: bool = True
-) -> dict[Pair, float]:
-    """Macro-F1 in percent of each pair of label words (negative, positive): mean over the open templates.
+) -> dict[Pair, dict[str, float]]:
+    """accuracy and macro_f1 in percent of each pair of label words (negative, positive): means over the open templates.
 
     Raises:
         UserError: the task is no two-class sentiment set, or all of its templates show their options.
@@ -72,11 +72,23 @@ def pair_scores(
         templates = templates[:1]  # it reads no instruction
     found = {}
     for pair in tqdm(pairs, desc=f"{task.name} pairs", disable=None if progress else True):
-        scores = [
+        all_scores = [
             score_template(run, task, template, limit, options=pair, batch_size=batch_size) for template in templates
         ]
-        found[pair] = float(np.mean([score.macro_f1 for score in scores if score is not None]))
+        scores = [score for score in all_scores if score is not None]
+        found[pair] = {
+            "accuracy": float(np.mean([score.accuracy for score in scores])),
+            "macro_f1": float(np.mean([score.macro_f1 for score in scores])),
+        }
     return found
+
+
+def pair_scores(
+    run: Run, task: Task, pairs: Sequence[Pair], limit: int | None, *, batch_size: int = 64, progress: bool = True
+) -> dict[Pair, float]:
+    """macro_f1 of :func:`pair_metrics`."""
+    found = pair_metrics(run, task, pairs, limit, batch_size=batch_size, progress=progress)
+    return {pair: values["macro_f1"] for pair, values in found.items()}
 
 
 def seen_pairs(config: Config) -> tuple[Pair, ...]:
