@@ -475,3 +475,9 @@ def test_hub_is_asked_once(monkeypatch):
     assert len(calls) == 1
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: None)
     assert m._hub_answers("a/b")
+
+
+def test_lora_without_peft(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--lora needs peft"):
+        m.load_model(Config(lora=2), ["a film"], Accelerator(cpu=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -386,6 +387,8 @@ def load_model(
     Raises:
         UserError: the model cannot be had, is not seq2seq, has no safetensors, or its tokenizer does not serve.
     """
+    if config.lora and importlib.util.find_spec("peft") is None:
+        raise UserError("--lora needs peft: pip install peft, or leave it out")
     with _random_states_kept():
         model: Any
         tokenizer: PreTrainedTokenizerBase
