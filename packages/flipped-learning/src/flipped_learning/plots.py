@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 if TYPE_CHECKING:
     from flipped_learning.train import Run
@@ -109,8 +110,12 @@ def lines(
         axes.fill_between(x, low, high, color=COLOURS[i % 8], alpha=0.15, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if "x" in log:
+        ticks = sorted({value for x, _ in curves.values() for value in x})
         axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     if "y" in log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.legend(fontsize=8)
     _save(figure, path)
