@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flipped_learning import data
 from flipped_learning.config import Config
 from flipped_learning.flipping import (
     IGNORED,
@@ -470,7 +471,6 @@ def test_choose_and_probabilities() -> None:
 
 def test_wrong_options() -> None:
     """Check 8: never the right one, each other one alike; one option or no label is refused."""
-    data = pytest.importorskip("flipped_learning.data")
     rng = np.random.default_rng(0)
     for label in range(4):
         instance = Instance(("Question: ", ""), ("a",), ("yes", "no", "maybe", "good"), label)
