@@ -130,7 +130,7 @@ def test_small_preset_learns(tmp_path: Path) -> None:
     assert after < 0.8 * before
     for (name, before), after in zip(start.model.named_parameters(), run.model.parameters(), strict=True):
         assert not torch.equal(before, after), name
-    assert run.contexts.abs().min(dim=1).values.max() > 0
+    assert run.contexts.abs().amax(dim=1).min() > 0  # of each environment, in the experts that it was routed to
     for name in ("config.json", "environment.json", "metrics.jsonl", "checkpoints", "model", "training.png"):
         assert (run.folder / name).exists(), name
 
