@@ -1,11 +1,11 @@
 """Flipped Learning's claims as code. Margins and seeds were set before these data were measured.
 
 Not all else was. The T5's steps, dropout, decay and data were found in pilot runs of FLIPPED at seed 0, which is among
-the measured, and whose test scores were seen; `tuning` counts them, so that FLIPPED has had more trials than DIRECT. The
-claims on a T5 were meant for film reviews: on these, pilots with three pairs stayed at chance, so that generated reviews
-took their place, and t5-film-reviews was added with one pair and accuracy as its metric (macro-F1 flatters guessing
-against a constant answer). words-must-be-known is at version 2: in version 1 the hidden words had no embedding at all,
-which left FLIPPED at 33.7 by ties alone.
+the measured, and whose test scores were seen; `tuning` counts them: FLIPPED has had more trials than DIRECT. The claims
+on a T5 were meant for film reviews: there pilots with three pairs stayed at chance, so generated ones took their
+place, and t5-film-reviews was added with one pair and accuracy as its metric (macro-F1 flatters guessing against a
+constant answer). words-must-be-known is at version 2: in version 1 hidden words had no embedding at all, which left
+FLIPPED at 33.7 by ties alone.
 
 The paper's tables are known to this package only where others quote them ("not stated" below). `tuning` counts the
 trials of learning rates spent on the small arms: benchmarks/tuning.py, results/bench/tuning.json, at a seed that is not
