@@ -1,0 +1,1 @@
+"""LiST: few-shot classification by prompts, adapters and re-weighted self-training."""
