@@ -3,8 +3,8 @@
 `python speed.py [--layers 6 --width 384 --length 32] [--output PATH]` measures, each in a process of its own:
 
 - meta weights by one backward and one forward-mode product (jvp), by two passes (finite), by this package's backward
-  through an inner step (double), and by the library higher as the paper's code uses it, on the same prompted encoder with
-  LiST adapters: milliseconds (median), and megabytes by which the peak of the process grows over its size before;
+  through an inner step (double), and by the library higher as the paper's code uses it, on the same prompted encoder
+  with LiST adapters: milliseconds (median), and megabytes by which the peak of the process grows over its size before;
 - a student's step of the learner (its draw of a batch, loss, backward, clipping, AdamW) and the same written by hand.
 """
 
@@ -66,7 +66,8 @@ def main() -> None:
 
 
 def prepare(args: argparse.Namespace) -> Any:
-    """A learner on generated reviews cut or filled to one length; its encoder is as initialised, as time is the same."""
+    """A learner on generated reviews cut or filled to one length; its encoder is as initialised, as time is the
+    same."""
     import torch
     from accelerate import Accelerator
     from list_selftrain import data

@@ -1,9 +1,9 @@
 """Learning rates of the claims' arms on a RoBERTa trained here: as many trials for each, away from every test.
 
-A trial takes 30 labelled sentences of Subj and 1,000 to be scored on from what is the claims' unlabelled part (no split's
-labelled examples, no test), at seeds 100 to 102; its value is their mean accuracy. Groups: prompted (the teacher's rate)
-and self-training (a session's rate, after the teacher's has been settled). `python tuning.py [GROUP …] [--jobs N]
-[--output FILE]`; trials that FILE holds are not repeated, and results/bench/tuning.json holds what it gave.
+A trial takes 30 labelled sentences of Subj and 1,000 to be scored on from what is the claims' unlabelled part (no
+split's labelled examples, no test), at seeds 100 to 102; its value is their mean accuracy. Groups: prompted (the
+teacher's rate) and self-training (a session's rate, after the teacher's has been settled). `python tuning.py [GROUP …]
+[--jobs N] [--output FILE]`; trials that FILE holds are not repeated, and results/bench/tuning.json holds what it gave.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def main() -> None:
     found = tune(args.groups, args.jobs, args.output)
     for group, arms in found.items():
         for arm, entry in arms.items():
-            values = ", ".join(f"{one[GROUPS[group][1]]:g}: {one.get('accuracy', float('nan')):.1f}" for one in entry["trials"])
+            values = ", ".join(
+                f"{one[GROUPS[group][1]]:g}: {one.get('accuracy', float('nan')):.1f}" for one in entry["trials"]
+            )
             print(f"{group} {arm}: best {entry.get('best')} ({values})")
 
 

@@ -1,9 +1,9 @@
 """What the paper compares with: choices of pseudo-labels that are not learned, and supervised and classical yardsticks.
 
-Most baselines are settings of the same loop: classic fine-tuning (--classifier classic --tune full --sessions 0), prompt
-fine-tuning (--tune full --sessions 0), prompt-adapter fine-tuning (--sessions 0), PromptST (--weights uniform), confidence
-(--weights confidence --threshold c), UST (--classifier classic --tune full --weights uncertainty --no-soft-labels), MetaST
-(--classifier classic --tune full).
+Most baselines are settings of the same loop: classic fine-tuning (--classifier classic --tune full --sessions 0),
+prompt fine-tuning (--tune full --sessions 0), prompt-adapter fine-tuning (--sessions 0), PromptST (--weights uniform),
+confidence (--weights confidence --threshold c), UST (--classifier classic --tune full --weights uncertainty
+--no-soft-labels), MetaST (--classifier classic --tune full).
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def mutual_information(probabilities: Tensor) -> Tensor:
 def uncertainty_choice(
     probabilities: Tensor, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """UST's choice of pseudo-labelled examples (Mukherjee and Awadallah 2020, easy examples, equally many of each class).
+    """UST's choice of pseudo-labelled examples (Mukherjee and Awadallah 2020, easy examples, equally many of each
+    class).
 
-    Within the examples whose mean probability is highest for a class, one is drawn without replacement with probability in
-    proportion to 1 − BALD; classes with too few leave their places to the others. An example's loss counts log(1 / Var) of
-    its class's probability over the passes.
+    Within the examples whose mean probability is highest for a class, one is drawn without replacement with probability
+    in proportion to 1 − BALD; classes with too few leave their places to the others. An example's loss counts log(1 /
+    Var) of its class's probability over the passes.
 
     Args:
         probabilities: of S passes with dropout, [S, N, C]. count: examples to choose, at most N. rng: draws them.

@@ -1,8 +1,9 @@
 """LiST's claims as code. Margins, seeds and arms were set before anything was measured.
 
-A seed decides split (LiST's split seed % 5 + 1), initialisation, noise and order. `tuning` counts the trials spent on each
-arm: benchmarks/tuning.py, results/bench/tuning.json, on labelled examples and sentences that are in no split's labelled
-part and in no test. The features arms take the setting of their preset, untuned. The paper's arms take the paper's.
+A seed decides split (LiST's split seed % 5 + 1), initialisation, noise and order. `tuning` counts the trials spent on
+each arm: benchmarks/tuning.py, results/bench/tuning.json, on labelled examples and sentences that are in no split's
+labelled part and in no test. The features arms take the setting of their preset, untuned. The paper's arms take the
+paper's.
 """
 
 from __future__ import annotations
@@ -359,7 +360,8 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def plot(folder: Path, scale: str) -> None:
-    """Accuracy by noise, weights of right and flipped pseudo-labels, and accuracy by session, from the cells in folder."""
+    """Accuracy by noise, weights of right and flipped pseudo-labels, and accuracy by session, from the cells in
+    folder."""
     import json
 
     import numpy as np
@@ -411,9 +413,7 @@ def plot(folder: Path, scale: str) -> None:
             arm: (list(sessions), [[row["by_session"][k] for row in rows] for k in sessions])
             for arm, rows in students.items()
         }
-        plots.lines(
-            curves, folder / f"{scale}-noisy-student.png", xlabel="session (0: teacher)", ylabel="accuracy [%]"
-        )
+        plots.lines(curves, folder / f"{scale}-noisy-student.png", xlabel="session (0: teacher)", ylabel="accuracy [%]")
     if trained := cells.get("list-over-prompt"):
         curves = {}
         for arm in ("list", "prompt-st", "not-fresh", "hard-labels"):

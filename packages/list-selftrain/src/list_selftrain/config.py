@@ -278,7 +278,7 @@ PRESETS: dict[str, Config] = {
     ),
     "gaussian": Config(
         dataset="gaussian", model="features", dropout=0.3, sessions=6, session_steps=400, finetune_epochs=5,
-        weights="uniform", unlabelled_batch=64, teacher_lr=3e-3, lr=3e-3, clip=0.0,
+        weights="uniform", teacher_lr=1e-2, lr=1e-2, clip=0.0,
     ),
     "sentences": Config(
         dataset="subj", vocabulary=8000, width=128, layers=4, feedforward=512, pretrain_steps=5000, adapter_dim=8,

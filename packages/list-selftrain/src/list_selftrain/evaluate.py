@@ -69,7 +69,9 @@ def pseudo_labels(run: Run) -> dict[str, float]:
     """Of the last session: pseudo_label_accuracy where the truth is known, weight_separation where it was re-weighted,
     zero_weights and effective_examples (means over its re-weighted steps)."""
     last = run.sessions[-1]
-    found = {name: last[name] for name in ("pseudo_label_accuracy", "zero_weights", "effective_examples") if name in last}
+    found = {
+        name: last[name] for name in ("pseudo_label_accuracy", "zero_weights", "effective_examples") if name in last
+    }
     truth = run.data.unlabelled.labels
     if truth is not None and run.config.sessions and run.config.weights == "meta":
         separation = metrics.separation(run.weights, run.targets.argmax(1) == truth)
@@ -87,7 +89,8 @@ def weight_groups(run: Run) -> dict[str, np.ndarray]:
 
 
 def reweight_demo(options: ReweightOptions) -> dict[str, Any]:
-    """`list-selftrain reweight-demo`: the true labels of the unlabelled part, flipped, with and without learned weights.
+    """`list-selftrain reweight-demo`: the true labels of the unlabelled part, flipped, with and without learned
+    weights.
 
     A network on frozen features learns twice from the same flipped labels, with the preset features.
 

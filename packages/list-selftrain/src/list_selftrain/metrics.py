@@ -20,8 +20,8 @@ def compute(predictions: Sequence[int] | np.ndarray, references: Sequence[int] |
 def reliability(
     probabilities: np.ndarray, references: Sequence[int] | np.ndarray, bins: int = 10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of predictions by their probability, in ``bins`` of equal width over 0 … 1: mean probability, share that is right,
-    and count [bins]; NaN in empty bins.
+    """Of predictions by their probability, in ``bins`` of equal width over 0 … 1: mean probability, share that is
+    right, and count [bins]; NaN in empty bins.
 
     Args:
         probabilities: of the classes, [N, C]. references: true classes [N].

@@ -4,10 +4,10 @@ A pseudo-labelled example i is worth what a small step on it does for a batch of
 
     ψ̂(ε) = ψ − α ∇_ψ Σ_i ε_i ℓ_i(ψ),    u_i = max(−∂L_meta(ψ̂(ε))/∂ε_i |_{ε=0}, 0),    w_i = u_i / Σ_j u_j.
 
-At ε = 0 the chain rule gives −∂L_meta/∂ε_i = α ⟨∇_ψ L_meta, ∇_ψ ℓ_i⟩: no graph of the inner step is needed. One backward
-gives g = ∇L_meta, and one forward-mode product in direction g gives all ⟨g, ∇ℓ_i⟩ at once (:func:`by_jvp`). The other two
-forms compute the same: :func:`by_differences` with two passes and no derivative, :func:`by_inner_step` as the paper's code
-does, backward through the step. α cancels in w and is left out.
+At ε = 0 the chain rule gives −∂L_meta/∂ε_i = α ⟨∇_ψ L_meta, ∇_ψ ℓ_i⟩: no graph of the inner step is needed. One
+backward gives g = ∇L_meta, and one forward-mode product in direction g gives all ⟨g, ∇ℓ_i⟩ at once (:func:`by_jvp`).
+The other two forms compute the same: :func:`by_differences` with two passes and no derivative, :func:`by_inner_step` as
+the paper's code does, backward through the step. α cancels in w and is left out.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def confident(targets: Tensor, threshold: float) -> Tensor:
 def normalised(products: Tensor, total: Tensor | None = None) -> Tensor:
     """w = u / Σ u with u = max(⟨g, ∇ℓ⟩, 0); all 0 where no example helps. [B].
 
-    The paper's code adds 1e-6 to the sum, which is not small beside α ⟨g, ∇ℓ⟩ with its α of 5e-6; here the weights do not
-    depend on the scale of the loss.
+    The paper's code adds 1e-6 to the sum, which is not small beside α ⟨g, ∇ℓ⟩ with its α of 5e-6; here the weights do
+    not depend on the scale of the loss.
 
     Args:
         products: ⟨g, ∇ℓ_i⟩ up to a positive factor, [B]. total: Σ u over all processes [default: over these].
@@ -141,7 +141,8 @@ class MetaReweighter:
     """Weights of pseudo-labelled batches by a classifier's gradient on labelled ones.
 
     Args:
-        model: logits = model(**inputs), [B, C]; in evaluation mode while weights are computed (no dropout), and put back.
+        model: logits = model(**inputs), [B, C]; in evaluation mode while weights are computed (no dropout), and put
+        back.
             Where it has ``differentiable()``, its passes run inside.
         labelled: batches (inputs, labels [b]) that are taken in turn, again from the start when they are used up.
         form: "jvp", "finite" or "double" (see the module). batches: labelled batches summed for one set of weights.

@@ -102,7 +102,8 @@ def score(
     model: Classifier, inputs: Inputs, indices: Sequence[int] | np.ndarray, batch_size: int = 64,
     accelerator: Accelerator | None = None, *, dropout: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Logits of the examples ``indices``, [N, C], each process scoring its share; evaluation mode unless ``dropout``."""
+    """Logits of the examples ``indices``, [N, C], each process scoring its share; evaluation mode unless
+    ``dropout``."""
     training = model.training
     model.train(dropout)
     device = next(model.parameters()).device
@@ -197,7 +198,8 @@ class LiSTLearner:
         """Train once; ``step`` counts from 0.
 
         Returns:
-            session, loss, lr, grad_norm; on unlabelled batches zero_weights (percent) and effective_examples (1 / Σ w²).
+            session, loss, lr, grad_norm; on unlabelled batches zero_weights (percent) and effective_examples (1 / Σ
+            w²).
         """
         at = position(self.config, len(self.source.labelled), step)
         if at.begins and at.session:
@@ -439,8 +441,8 @@ def _finish(run: Run) -> None:
 
 
 def write_pseudo_labels(run: Run, path: Path) -> None:
-    """A row for each unlabelled example that the last session drew: text, pseudo-label, its probability, weight, and the
-    true label where it is known."""
+    """A row for each unlabelled example that the last session drew: text, pseudo-label, its probability, weight, and
+    the true label where it is known."""
     part, labels = run.data.unlabelled, run.data.labels
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
