@@ -19,7 +19,7 @@ from list_selftrain.baselines import mutual_information, uncertainty_choice
 from list_selftrain.config import PRESETS, Config
 from list_selftrain.data import Data, Part
 from list_selftrain.model import load_model
-from list_selftrain.reweighting import MetaReweighter, confident, distillation, normalised, products, pseudo_labels
+from list_selftrain.reweighting import MetaReweighter, confident, decided, distillation, normalised, products, pseudo_labels
 from list_selftrain.train import HISTORY, LiSTLearner, phases, position, reweights, total_steps
 from metazoo import loop
 from metazoo.options import RunOptions
@@ -69,7 +69,7 @@ def problem(
 
 
 def differences_in_epsilon(
-    model: nn.Module, labelled: Sequence[Batch], inputs: Mapping[str, Tensor], targets: Tensor, h: float = 1e-4
+    model: nn.Module, labelled: Sequence[Batch], inputs: Mapping[str, Tensor], targets: Tensor, h: float = 1e-5
 ) -> Tensor:
     """−∂L_meta/∂ε_i by central differences: the inner step is made, forwards and backwards, one example at a time."""
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -349,7 +349,8 @@ def test_distillation_by_hand() -> None:
 def test_divergence_from_oneself_is_nothing(soft: bool) -> None:
     """Check 7: KL(q ‖ q) = 0, with gradient 0; from one's own decisions it is not."""
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    losses = distillation(logits, pseudo_labels(logits.detach(), soft=soft))
+    q = pseudo_labels(logits.detach())
+    losses = distillation(logits, q if soft else decided(q))
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     if soft:
         assert losses.abs().max() < 1e-6
@@ -365,7 +366,7 @@ def test_pseudo_labels_by_hand() -> None:
     expected = {1.0: [[0.75, 0.25], [0.25, 0.75]], 0.5: [[0.9, 0.1], [0.1, 0.9]]}
     for temperature, wanted in expected.items():
         torch.testing.assert_close(pseudo_labels(logits, temperature=temperature), torch.tensor(wanted))
-    assert pseudo_labels(logits, soft=False).tolist() == [[1, 0], [0, 1]]
+    assert decided(pseudo_labels(logits)).tolist() == [[1, 0], [0, 1]]
     assert pseudo_labels(logits.bfloat16()).dtype == torch.float32
 
 
@@ -402,7 +403,7 @@ def on_vectors(config: Config = FEATURES, labelled: int = 10, unlabelled: int = 
 GOOD, BAD = "a good film with a great cast", "a bad film with a terrible plot"
 TEXTS = (GOOD, BAD, "the great story was good", "the plot is terrible", "good", "a terrible bad cast", "it was great")
 PROMPTED = Config(
-    width=16, layers=1, heads=2, feedforward=16, vocabulary=100, pretrain_steps=0, adapter_dim=3, sessions=1,
+    width=16, layers=1, heads=2, feedforward=16, vocabulary=300, pretrain_steps=0, adapter_dim=3, sessions=1,
     session_steps=6, teacher_epochs=1, finetune_epochs=1, unlabelled_batch=4, warmup=0.5, dropout=0.1,
     template="*cls**sent_0*_It_was*mask*.*sep+*", words=("terrible", "great"), adapter_std=0.1,
 )  # fmt: skip
@@ -452,7 +453,7 @@ def test_gradient_of_a_step_is_that_of_the_weighted_sum(accumulation: int, form:
     labelled = [(learner._take(learner.labelled, rows), learner.labels[rows])]
     weights = normalised(products(learner.model, labelled, inputs, targets, form))
     assert float(weights.sum()) == pytest.approx(1)
-    torch.testing.assert_close(learner.weigh(at, indices, targets), weights, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(learner.weigh(at, indices), weights, rtol=2e-3, atol=1e-5)
     losses = F.cross_entropy(learner.model.train()(**inputs), targets, reduction="none")
     wanted = torch.autograd.grad((weights * losses).sum(), learner.parameters)
     learner.optimizer.zero_grad()
@@ -579,7 +580,7 @@ def test_warmup_weights_are_uniform() -> None:
     learner._begin(1)
     for i, step in enumerate(range(9, 19)):
         at, indices = position(learner.config, 10, step), learner.draws(1)[i]
-        found = learner.weigh(at, indices, learner.targets[indices])
+        found = learner.weigh(at, indices)
         assert (found.tolist() == pytest.approx([1 / 6] * 6)) == (i <= 5)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from metazoo.errors import UserError
 from torch import Tensor, nn
+
+from list_selftrain.config import Tune
 
 PLACES = {"attention": "attention.output.dense", "ffn": "output.dense"}
 
@@ -35,17 +37,21 @@ class LiSTAdapter(nn.Module):
     almost the identity.
     """
 
-    def __init__(self, width: int, config: LiSTAdapterConfig) -> None:
+    def __init__(
+        self, width: int, config: LiSTAdapterConfig, device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         if config.kind == "simple":
-            self.full = nn.Linear(width, width, bias=False)
+            self.full = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
         else:
-            self.down = nn.Linear(width, config.r, bias=False)
-            self.up = nn.Linear(config.r, width, bias=False)
+            self.down = nn.Linear(width, config.r, bias=False, device=device, dtype=dtype)
+            self.up = nn.Linear(config.r, width, bias=False, device=device, dtype=dtype)
+        self.reset()
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw the weights anew."""
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights anew, on the CPU [default: from the global random state of torch]."""
         with torch.no_grad():
             for weight in self.parameters():
                 drawn = torch.empty(weight.shape).normal_(0, self.config.std, generator=generator)
@@ -75,29 +81,35 @@ class Adapted(nn.Module):
 
 def encoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Layers that are built as BERT's: attention.output.dense, intermediate.dense and output.dense."""
-    for _, module in model.named_modules():
-        if hasattr(module, "attention") and hasattr(module, "intermediate") and hasattr(module, "output"):
+    for module in model.modules():
+        owners = getattr(module, "attention", None), module
+        found = [getattr(getattr(owner, "output", None), "dense", None) for owner in owners]
+        if hasattr(module, "intermediate") and all(isinstance(dense, nn.Linear | Adapted) for dense in found):
             yield module
 
 
 def add_adapters(model: nn.Module, config: LiSTAdapterConfig) -> int:
-    """Put adapters into each layer of a BERT, RoBERTa, XLM-R, DeBERTa or the like; returns how many.
+    """Put adapters into each layer of a BERT, RoBERTa, XLM-R, DeBERTa, ELECTRA or the like; returns how many.
+
+    A layer has two of 2·r·d weights each (``simple``: d²): 12,582,912 in RoBERTa large at r = 128.
 
     Raises:
-        UserError: the model has no such layers.
+        UserError: the model has no such layers, or has adapters already.
     """
+    if any(isinstance(module, Adapted) for module in model.modules()):
+        raise UserError(f"{_type(model)} has adapters already: give a model without")
     count = 0
     for layer in list(encoder_layers(model)):
         for place in config.places:
             parent = layer.get_submodule(PLACES[place].rpartition(".")[0])
             dense: Any = parent.dense
-            adapter = LiSTAdapter(dense.out_features, config).to(dense.weight.device, dense.weight.dtype)
+            adapter = LiSTAdapter(dense.out_features, config, dense.weight.device, dense.weight.dtype)
             parent.dense = Adapted(dense, adapter)
             count += 1
     if not count:
         raise UserError(
-            f"{_type(model)} has no layers with attention.output.dense and output.dense to put adapters in: give a BERT, "
-            "RoBERTa or DeBERTa, or --tune full, bias or lora"
+            f"{_type(model)} has no layers with attention.output.dense and output.dense to put adapters in: give a "
+            "BERT, RoBERTa or DeBERTa, or --tune full, bias or lora"
         )
     return count
 
@@ -106,11 +118,14 @@ def choose(encoder: nn.Module, tune: str, config: LiSTAdapterConfig) -> None:
     """Let of an encoder (without its head) be trained what ``tune`` names, and nothing else; adapters are added first.
 
     Args:
-        tune: adapter, houlsby, simple, lora, bias, head (nothing), feedforward, attention, embedding or full.
+        tune: adapter, houlsby, simple, lora, bias, head (nothing), feedforward, attention, embedding or full; as
+            ``update_component`` of the paper's code, where attention has its layer norm and feedforward has not.
 
     Raises:
-        UserError: the encoder has nothing of the kind; lora without peft.
+        UserError: an unknown ``tune``, or the encoder has nothing of the kind; lora without peft.
     """
+    if tune not in get_args(Tune):
+        raise UserError(f"--tune {tune}: give one of {', '.join(get_args(Tune))}")
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
     if tune == "lora":
@@ -119,14 +134,16 @@ def choose(encoder: nn.Module, tune: str, config: LiSTAdapterConfig) -> None:
     if tune in ("adapter", "houlsby", "simple"):
         add_adapters(encoder, config)
 
+    dense = {"intermediate", "output"}
+
     def wanted(name: str) -> bool:
         parts = name.split(".")
         attention = "attention" in parts
         return {
             "adapter": "adapter" in parts, "houlsby": "adapter" in parts, "simple": "adapter" in parts,
-            "bias": parts[-1] == "bias", "head": False, "attention": attention,
-            "feedforward": not attention and ("intermediate" in parts or "output" in parts),
-            "embedding": parts[0] == "embeddings", "full": True,
+            "bias": parts[-1].endswith("bias"), "head": False, "attention": attention,
+            "feedforward": not attention and ("ffn" in parts or ("dense" in parts and bool(dense & set(parts)))),
+            "embedding": any("embeddings" in part for part in parts), "full": True,
         }[tune]  # fmt: skip
 
     found = [p.requires_grad_(True) for name, p in encoder.named_parameters() if wanted(name)]
@@ -140,7 +157,8 @@ def _add_lora(encoder: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise UserError("--tune lora needs peft: pip install peft, or give --tune adapter") from error
     names = {name.rpartition(".")[2] for name, _ in encoder.named_modules()}
-    targets = [name for name in ("query", "value", "query_proj", "value_proj", "q_lin", "v_lin") if name in names]
+    known = ("query", "value", "query_proj", "value_proj", "in_proj", "q_lin", "v_lin")
+    targets = [name for name in known if name in names]
     if not targets:
         raise UserError(f"--tune lora: {_type(encoder)} has no query and value to adapt: give another")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), encoder)

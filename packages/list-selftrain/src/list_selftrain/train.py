@@ -22,7 +22,7 @@ from torch import Tensor
 
 from list_selftrain import baselines, data, reweighting
 from list_selftrain.config import PRESETS, Config
-from list_selftrain.data import Data
+from list_selftrain.data import Data, Part
 from list_selftrain.model import Classifier, Inputs, PromptClassifier, load_model
 
 # What is kept of each session, the teacher being session 0; -1 where there is none.
@@ -91,7 +91,7 @@ class Run:
     weights: np.ndarray
     metrics: list[dict[str, Any]]
 
-    def predict_proba(self, part: data.Part, batch_size: int = 64) -> np.ndarray:
+    def predict_proba(self, part: Part, batch_size: int = 64) -> np.ndarray:
         """Probabilities of the classes, [N, C]."""
         logits = score(self.model, self.model.encode(part), range(len(part)), batch_size)
         return logits.softmax(-1).cpu().numpy()
@@ -108,7 +108,7 @@ def score(
     model.train(dropout)
     device = next(model.parameters()).device
     ordered = sorted(range(len(indices)), key=lambda k: inputs.lengths[indices[k]])
-    mine = ordered if accelerator is None else loop.share(ordered, accelerator)[0] if len(ordered) else []
+    mine = ordered if accelerator is None else ordered[accelerator.process_index :: accelerator.num_processes]
     found = torch.zeros(len(indices), model.classes, device=device)
     for first in range(0, len(mine), batch_size):
         part = mine[first : first + batch_size]
@@ -209,6 +209,7 @@ class LiSTLearner:
         self.model.train()
         self.optimizer.zero_grad()
         found = self.supervise(at) if at.labelled else self.distil(at)
+        loop.sum_gradients(self.parameters, self.accelerator)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         self.optimizer.step()
         if at.ends:
@@ -231,8 +232,7 @@ class LiSTLearner:
     def distil(self, at: Position) -> dict[str, Any]:
         """Gradient of Σ w_i ℓ_i of an unlabelled batch (step 3); w is found first, and no gradient flows into it."""
         indices = self.draws(at.session)[at.i]
-        targets = self.targets[indices]
-        weights = self.weigh(at, indices, targets)
+        targets, weights = self.learned(indices), self.weigh(at, indices)
         loss = torch.zeros((), device=self.accelerator.device)
         for part in loop.share(range(len(indices)), self.accelerator, self.config.accumulation):
             rows = list(part)
@@ -245,22 +245,29 @@ class LiSTLearner:
         effective = torch.where(square > 0, 1 / square.clamp(min=1e-30), 0.0)
         zero = 100 * (weights == 0).float().mean()
         if self.config.weights != "meta" or reweights(self.config, at.i):
-            self.weight_sum[indices] += weights * len(indices)
-            self.weight_count[indices] += 1
+            rows = torch.from_numpy(indices).to(self.weight_sum.device)  # twice the same where an epoch ends
+            self.weight_sum.index_add_(0, rows, weights * len(indices))
+            self.weight_count.index_add_(0, rows, torch.ones_like(weights))
             self.statistics += torch.stack([zero, effective, torch.ones_like(zero)]).cpu()
         return {"loss": self._summed(loss), "zero_weights": zero, "effective_examples": effective}
 
-    def weigh(self, at: Position, indices: np.ndarray, targets: Tensor) -> Tensor:
+    def learned(self, indices: np.ndarray) -> Tensor:
+        """q of unlabelled examples: the teacher's probabilities, or its decisions; [B, C]."""
+        probabilities = self.targets[indices]
+        return probabilities if self.config.soft_labels else reweighting.decided(probabilities)
+
+    def weigh(self, at: Position, indices: np.ndarray) -> Tensor:
         """w of an unlabelled batch, [B], the same in all processes."""
         config = self.config
         if config.weights == "uncertainty":
             weights = self.chosen_weights[indices]
             return weights / weights.sum()
         if not reweights(config, at.i):  # uniform where every pseudo-label is above the threshold
-            return reweighting.confident(targets, config.threshold if config.weights == "confidence" else 0.0)
+            return reweighting.confident(self.targets[indices], config.threshold if config.weights == "confidence" else 0.0)
         labelled = [
             (self._take(self.labelled, rows), self.labels[rows]) for rows in self.meta_indices(at.session, at.i)
         ]
+        targets = self.learned(indices)
         products = torch.zeros(len(indices), device=self.accelerator.device)
         for part in loop.share(range(len(indices)), self.accelerator, config.accumulation):
             rows = list(part)
@@ -290,9 +297,7 @@ class LiSTLearner:
             self.targets[drawn] = found.to(self.targets)
         elif config.weights != "uncertainty":
             logits = score(self.model, self.unlabelled, drawn, accelerator=self.accelerator)
-            self.targets[drawn] = reweighting.pseudo_labels(
-                logits, soft=config.soft_labels, temperature=config.temperature
-            )
+            self.targets[drawn] = reweighting.pseudo_labels(logits, temperature=config.temperature)
         if source.unlabelled.labels is not None:
             right = self.targets[drawn].argmax(-1).cpu().numpy() == source.unlabelled.labels[drawn]
             self.history[session, HISTORY.index("pseudo_label_accuracy")] = 100 * float(right.mean())
@@ -310,13 +315,11 @@ class LiSTLearner:
             for _ in range(config.mc_passes)
         ]
         probabilities = torch.stack(passes)
-        chosen, labels, weights = baselines.uncertainty_choice(probabilities, len(self.chosen), rng)
+        chosen, _, weights = baselines.uncertainty_choice(probabilities, len(self.chosen), rng)
         self._drawn = (-1, self._drawn[1])
         self.chosen.copy_(torch.from_numpy(pool[chosen]))
         self.chosen_weights[pool[chosen]] = torch.from_numpy(weights).to(self.chosen_weights)
-        means = probabilities.mean(0)[torch.from_numpy(chosen)]
-        decided = F.one_hot(torch.from_numpy(labels), means.shape[-1]).float()
-        self.targets[pool[chosen]] = (means if config.soft_labels else decided).to(self.targets)
+        self.targets[pool[chosen]] = probabilities.mean(0)[torch.from_numpy(chosen)].to(self.targets)
 
     def _end(self, session: int) -> None:
         """What is kept of the session; accuracy on the test part is for the record alone, nothing is chosen by it."""
