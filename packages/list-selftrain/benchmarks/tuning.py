@@ -1,9 +1,9 @@
-"""Learning rates of the claims' arms on a RoBERTa trained here: as many trials for each, away from every test.
+"""Learning rates of the claims' arms on Subj: as many trials for each, away from every test.
 
-A trial takes 30 labelled sentences of Subj and 1,000 to be scored on from what is the claims' unlabelled part (no
-split's labelled examples, no test), at seeds 100 to 102; its value is their mean accuracy. Groups: prompted (the
-teacher's rate) and self-training (a session's rate, after the teacher's has been settled). `python tuning.py [GROUP …]
-[--jobs N] [--output FILE]`; trials that FILE holds are not repeated, and results/bench/tuning.json holds what it gave.
+A trial takes 30 labelled sentences of Subj and 1,000 to be scored on from what is the claims' unlabelled part: no
+split's labelled examples and no test. Groups: minilm and scratch (the teacher's rate), minilm-sessions (a session's
+rate, after the teacher's has been settled). `python tuning.py [GROUP …] [--jobs N] [--output FILE]`; trials that FILE
+holds are not repeated, and results/bench/tuning.json holds what it gave.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,36 @@ from metazoo.errors import UserError
 from metazoo.options import RunOptions
 from tqdm import tqdm
 
-SEEDS = (100, 101, 102)
 LABELLED, SCORED = 30, 1000
-RATES = (3e-4, 1e-3, 3e-3)
-GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # claim, field, arms
-    "prompted": (
+LOW, MIDDLE, HIGH = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms of a claim, the rate that is tuned, its values for each arm, and seeds."""
+
+    claim: str
+    field: str
+    rates: dict[str, tuple[float, ...]]
+    seeds: tuple[int, ...]
+
+
+_PARTS = ("adapter", "houlsby", "lora", "bias", "feedforward", "attention", "embedding", "head")
+GROUPS = {
+    "minilm": Group(
         "adapter-parity",
         "teacher_lr",
-        (
-            "prompt-adapter", "prompt-full", "classic-full", "prompt-houlsby", "prompt-lora", "prompt-bias",
-            "prompt-head",
-        ),
+        {"prompt-adapter": HIGH, "prompt-full": LOW, "classic-full": LOW},
+        (100, 101),
     ),
-    "self-training": (
-        "list-over-prompt",
-        "lr",
-        ("list", "prompt-st", "confidence", "no-warm-up", "hard-labels", "not-fresh", "meta-st", "ust"),
+    "minilm-sessions": Group("list-over-prompt", "lr", {"list": HIGH, "prompt-st": HIGH}, (100,)),
+    "scratch": Group(
+        "adapter-parity-scratch",
+        "teacher_lr",
+        {**{f"prompt-{part}": HIGH for part in _PARTS}, "prompt-full": MIDDLE, "classic-full": MIDDLE},
+        (100, 101, 102),
     ),
-}  # fmt: skip
+}
 
 
 def held_out(config: Config) -> Data:
@@ -62,12 +74,12 @@ def held_out(config: Config) -> Data:
     return replace(source, labelled=pool.take(labelled), test=pool.take(scored), unlabelled=pool.take(rest))
 
 
-def trial(config: Config) -> dict[str, Any]:
+def trial(config: Config, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Accuracy on the scored examples at each seed, and seconds; no score if it diverged."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     values = []
-    for seed in SEEDS:
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as scratch:
             options = RunOptions(output_dir=Path(scratch) / "run", checkpoint_every=10**9, log_every=50)
             try:
@@ -83,38 +95,32 @@ def tune(groups: list[str], jobs: int, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     measured = {claim.name: claim.arms["small"] for claim in CLAIMS}
     calls = []
-    for group in groups:
-        claim, field, arms = GROUPS[group]
-        for arm in arms:
-            config = measured[claim][arm]
+    for name in groups:
+        group = GROUPS[name]
+        for arm, rates in group.rates.items():
+            config = measured[group.claim][arm]
             assert isinstance(config, Config)
-            done = found.setdefault(group, {}).setdefault(arm, {"trials": []})["trials"]
+            done = found.setdefault(name, {}).setdefault(arm, {"seeds": group.seeds, "trials": []})["trials"]
             calls += [
-                (group, arm, rate, replace(config, dataset="subj", **{field: rate}))
-                for rate in RATES
-                if rate not in [one[field] for one in done]
+                (name, arm, rate, replace(config, **{group.field: rate}))
+                for rate in rates
+                if rate not in [one["rate"] for one in done]
             ]
-    if calls:  # pre-trains once, before others want it
-        train_on(replace(calls[0][3], sessions=0, teacher_epochs=1, seed=SEEDS[0]), held_out, _scratch())
     work = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_keyed)(call) for call in calls)
-    for group, arm, rate, row in tqdm(work, total=len(calls), disable=None):
-        entry = found[group][arm]
-        entry["trials"] = sorted([*entry["trials"], {GROUPS[group][1]: rate, **row}], key=lambda t: t[GROUPS[group][1]])
+    for name, arm, rate, row in tqdm(work, total=len(calls), disable=None):
+        entry = found[name][arm]
+        entry["trials"] = sorted([*entry["trials"], {"rate": rate, **row}], key=lambda one: one["rate"])
         scored = [one for one in entry["trials"] if "accuracy" in one]
         if scored:
-            entry["best"] = max(scored, key=lambda one: one["accuracy"])[GROUPS[group][1]]
+            entry["best"] = max(scored, key=lambda one: one["accuracy"])["rate"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
 
-def _scratch() -> RunOptions:
-    return RunOptions(output_dir=Path(tempfile.mkdtemp()) / "run", checkpoint_every=10**9)
-
-
 def _keyed(call: tuple[str, str, float, Config]) -> tuple[str, str, float, dict[str, Any]]:
-    group, arm, rate, config = call
-    return group, arm, rate, trial(config)
+    name, arm, rate, config = call
+    return name, arm, rate, trial(config, GROUPS[name].seeds)
 
 
 def main() -> None:
@@ -124,12 +130,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/bench/tuning.json"))
     args = parser.parse_args()
     found = tune(args.groups, args.jobs, args.output)
-    for group, arms in found.items():
+    for name, arms in found.items():
         for arm, entry in arms.items():
-            values = ", ".join(
-                f"{one[GROUPS[group][1]]:g}: {one.get('accuracy', float('nan')):.1f}" for one in entry["trials"]
-            )
-            print(f"{group} {arm}: best {entry.get('best')} ({values})")
+            values = ", ".join(f"{one['rate']:g}: {one.get('accuracy', float('nan')):.1f}" for one in entry["trials"])
+            print(f"{name} {arm}: best {entry.get('best')} ({values})")
 
 
 if __name__ == "__main__":

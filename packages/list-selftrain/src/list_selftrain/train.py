@@ -263,7 +263,9 @@ class LiSTLearner:
             weights = self.chosen_weights[indices]
             return weights / weights.sum()
         if not reweights(config, at.i):  # uniform where every pseudo-label is above the threshold
-            return reweighting.confident(self.targets[indices], config.threshold if config.weights == "confidence" else 0.0)
+            return reweighting.confident(
+                self.targets[indices], config.threshold if config.weights == "confidence" else 0.0
+            )
         labelled = [
             (self._take(self.labelled, rows), self.labels[rows]) for rows in self.meta_indices(at.session, at.i)
         ]
