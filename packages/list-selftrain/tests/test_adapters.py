@@ -111,7 +111,7 @@ def test_adapters_in_a_layout(name: str) -> None:
         nn.init.zeros_(adapter.up.weight)
     assert torch.equal(mlm(input_ids=IDS).logits, wanted)
     for adapter in adapters:
-        nn.init.ones_(adapter.up.weight)
+        nn.init.normal_(adapter.up.weight)
         nn.init.normal_(adapter.down.weight)
         assert not torch.allclose(mlm(input_ids=IDS).logits, wanted, atol=1e-5)
         nn.init.zeros_(adapter.up.weight)

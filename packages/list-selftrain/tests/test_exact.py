@@ -19,7 +19,15 @@ from list_selftrain.baselines import mutual_information, uncertainty_choice
 from list_selftrain.config import PRESETS, Config
 from list_selftrain.data import Data, Part
 from list_selftrain.model import load_model
-from list_selftrain.reweighting import MetaReweighter, confident, decided, distillation, normalised, products, pseudo_labels
+from list_selftrain.reweighting import (
+    MetaReweighter,
+    confident,
+    decided,
+    distillation,
+    normalised,
+    products,
+    pseudo_labels,
+)
 from list_selftrain.train import HISTORY, LiSTLearner, phases, position, reweights, total_steps
 from metazoo import loop
 from metazoo.options import RunOptions
@@ -447,7 +455,7 @@ def test_gradient_of_a_step_is_that_of_the_weighted_sum(accumulation: int, form:
     learner._begin(1)
     at = position(learner.config, 10, teacher + 2)
     indices = learner.draws(1)[2]
-    targets = learner.targets[indices]
+    targets = learner.learned(indices)
     inputs = learner._take(learner.unlabelled, indices)
     rows = learner.meta_indices(1, 2)[0]
     labelled = [(learner._take(learner.labelled, rows), learner.labels[rows])]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from metazoo.errors import UserError
@@ -64,7 +64,8 @@ class LiSTAdapter(nn.Module):
         inner = self.down(x)
         if self.config.kind == "houlsby":
             inner = inner.relu()
-        return x + self.up(inner)
+        found = x + self.up(inner)
+        return found
 
 
 class Adapted(nn.Module):
@@ -132,7 +133,7 @@ def choose(encoder: nn.Module, tune: str, config: LiSTAdapterConfig) -> None:
         _add_lora(encoder, config.r)
         return
     if tune in ("adapter", "houlsby", "simple"):
-        add_adapters(encoder, config)
+        add_adapters(encoder, replace(config, kind=cast(Any, tune)))
 
     dense = {"intermediate", "output"}
 

@@ -65,7 +65,9 @@ def tfidf_self_training(data: Data, seed: int = 0) -> dict[str, float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.semi_supervised import SelfTrainingClassifier
 
-    assert data.test is not None and data.test.labels is not None and data.labelled.labels is not None
+    assert data.test is not None
+    assert data.test.labels is not None
+    assert data.labelled.labels is not None
     labelled, unlabelled, test = (
         [" ".join(texts) for texts in part.texts] for part in (data.labelled, data.unlabelled, data.test)
     )

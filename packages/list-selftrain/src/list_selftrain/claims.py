@@ -278,8 +278,8 @@ CLAIMS: tuple[Claim, ...] = (
         name="weights-find-flips",
         version=1,
         source="Section on meta re-weighting",
-        statement="With 60 % of one class flipped, true pseudo-labels get more weight than flipped ones: the area under "
-        "the ROC curve is at least 0.55",
+        statement="With 60 % of one class flipped, true pseudo-labels get more weight than flipped ones: the area "
+        "under the ROC curve is at least 0.55",
         paper="not stated; noisy pseudo-labels get low weights",
         metric="weight_separation",
         arms={

@@ -100,6 +100,8 @@ class Data:
         unlabelled: its labels are the truth where that is known, for injected noise and for reports: never trained on.
         test: with labels; None: there is none.
         corpus: raw texts for masked language modelling, without any test text.
+        pseudo: probabilities of the classes of the unlabelled examples from elsewhere, [N, C], such as an ensemble's
+            or a larger model's; every session then learns them instead of the teacher's.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Data:
     unlabelled: Part
     test: Part | None
     corpus: tuple[str, ...]
+    pseudo: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

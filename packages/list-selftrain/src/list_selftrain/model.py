@@ -12,10 +12,11 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 import huggingface_hub
@@ -204,7 +205,8 @@ class PromptClassifier(_Encoded):
         self.tune, self.adapters, self.base = tune, adapters or LiSTAdapterConfig(), base
         self.classes = len(template.words)
         ids = template.label_ids(tokenizer)
-        decoder, head = mlm.get_output_embeddings(), mlm_head(mlm)
+        decoder: Any = mlm.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = mlm_head(mlm)
         self.full: PreTrainedModel | None = None
         if base is None:  # kept for save_pretrained, apart from what is trained
             self.__dict__["full"] = _copy(mlm)
@@ -218,9 +220,10 @@ class PromptClassifier(_Encoded):
                 if child is decoder:
                     setattr(module, name, rows)
         for module in head.modules():  # a bias of the whole vocabulary, once tied to the decoder's
-            if isinstance(getattr(module, "bias", None), nn.Parameter) and module.bias.shape[0] == decoder.out_features:
-                module.bias = None
-        self.encoder, self.head = mlm.base_model, head
+            whole = getattr(module, "bias", None)
+            if isinstance(whole, nn.Parameter) and len(whole) == decoder.out_features:
+                module.register_parameter("bias", None)
+        self.encoder, self.head = cast(PreTrainedModel, mlm.base_model), head
         self._check_length(max_length)
         choose(self.encoder, tune, self.adapters)
         for parameter in self.head.parameters():
@@ -264,13 +267,27 @@ class PromptClassifier(_Encoded):
             kept = {name: p.detach().to("cpu").contiguous() for name, p in self.full.named_parameters()}
             save_file(kept, folder / "base" / "model.safetensors", metadata={"format": "pt"})
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """What :meth:`save_pretrained` writes, as a repository on the hub; returns its address."""
+        hub = huggingface_hub.HfApi(token=token)
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(hub.upload_folder(repo_id=repo_id, folder_path=folder))
+
     @classmethod
     def from_pretrained(cls, folder: Path | str, base: str | None = None) -> PromptClassifier:
-        """What :meth:`save_pretrained` wrote, in evaluation mode on the CPU; ``base`` instead of the id written there.
+        """What :meth:`save_pretrained` wrote, a folder or a hub id, in evaluation mode on the CPU; ``base`` instead of
+        the language model written there.
 
         Raises:
-            UserError: a file is missing or damaged, or does not fit the language model.
+            UserError: a file is missing or damaged, the hub refused, or it does not fit the language model.
         """
+        if not Path(folder).is_dir() and not str(folder).startswith((".", "/", "~")):
+            try:
+                folder = huggingface_hub.snapshot_download(str(folder))
+            except (OSError, ValueError) as error:  # the hub's own errors are subclasses of these
+                raise UserError(f"no classifier in {folder}: no such folder, and on the hub {_line(error)}") from error
         folder = Path(folder)
         try:
             head = json.loads((folder / "list.json").read_text(encoding="utf-8"))
@@ -317,7 +334,7 @@ class ClassicClassifier(_Encoded):
     ) -> None:  # fmt: skip
         super().__init__()
         self.tokenizer, self.classes, self.max_length = tokenizer, classes, max_length
-        self.encoder = mlm.base_model
+        self.encoder = cast(PreTrainedModel, mlm.base_model)
         width = self.encoder.config.hidden_size
         self._check_length(max_length)
         choose(self.encoder, tune, adapters or LiSTAdapterConfig())
@@ -407,7 +424,9 @@ def _uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> Non
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
     import copy
 
-    return copy.deepcopy(model).to("cpu")
+    found = copy.deepcopy(model)
+    nn.Module.to(found, "cpu")
+    return found
 
 
 def mlm_head(mlm: PreTrainedModel) -> nn.Module:
@@ -416,7 +435,7 @@ def mlm_head(mlm: PreTrainedModel) -> nn.Module:
     Raises:
         UserError: it is none of those that are known.
     """
-    decoder = mlm.get_output_embeddings()
+    decoder = mlm.get_output_embeddings()  # type: ignore[no-untyped-call]
     for names in HEADS:
         parts = [getattr(mlm, name, None) for name in names]
         found = [part for part in parts if isinstance(part, nn.Module)]
@@ -462,7 +481,8 @@ def load_model(config: Config, data: Data, accelerator: Accelerator) -> Classifi
             mlm, tokenizer = language_model(config, data.corpus, accelerator)
             if config.gradient_checkpointing:
                 try:
-                    mlm.gradient_checkpointing_enable({"use_reentrant": False})
+                    enable = getattr(mlm, "activation_checkpointing_enable", None)  # its name since transformers 5.24
+                    (enable or mlm.gradient_checkpointing_enable)({"use_reentrant": False})
                 except ValueError as error:
                     raise UserError(f"{config.model} has no gradient checkpointing: leave it out") from error
             kind: Any = config.tune if config.tune in ("houlsby", "simple") else "adapter"
@@ -497,6 +517,8 @@ def language_model(
     Raises:
         UserError: the model cannot be had, the corpus or the cache folder does not serve, or the loss became infinite.
     """
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     given = config.model != "tiny"
     if config.pretrain_steps == 0:
         if given:
@@ -729,7 +751,7 @@ def _pretrain(
         logits = head(hidden[chosen.to(device)])  # the vocabulary's logits at the chosen tokens alone
         value = nn.functional.cross_entropy(logits, ids[chosen].to(device))
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         done = step + 1

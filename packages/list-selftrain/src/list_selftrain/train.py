@@ -297,6 +297,8 @@ class LiSTLearner:
             flipped = data.flip(truth, config.noise, config.noise_rate, len(source.labels), rng)
             found = F.one_hot(torch.from_numpy(flipped[drawn]), len(source.labels)).float()
             self.targets[drawn] = found.to(self.targets)
+        elif source.pseudo is not None:
+            self.targets[drawn] = torch.from_numpy(source.pseudo[drawn]).to(self.targets)
         elif config.weights != "uncertainty":
             logits = score(self.model, self.unlabelled, drawn, accelerator=self.accelerator)
             self.targets[drawn] = reweighting.pseudo_labels(logits, temperature=config.temperature)
