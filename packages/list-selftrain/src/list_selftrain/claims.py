@@ -109,33 +109,32 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
     return found
 
 
-def _prompted(base: Config) -> dict[str, Config]:
-    """On the labelled examples alone: adapters, all weights, and all weights with a new head instead of a prompt."""
+def _prompted(base: Config, full: float | None = None, classic: float | None = None) -> dict[str, Config]:
+    """On the labelled examples alone: adapters, all weights, and all weights with a new head instead of a prompt.
+
+    Rates of tuning all weights are ``full`` with a prompt and ``classic`` with a new head [default: the base's].
+    """
     teacher = replace(base, sessions=0)
     return {
         "prompt-adapter": teacher,
-        "prompt-full": replace(teacher, tune="full"),
-        "classic-full": replace(teacher, tune="full", classifier="classic"),
+        "prompt-full": replace(teacher, tune="full", teacher_lr=full or base.teacher_lr),
+        "classic-full": replace(teacher, tune="full", classifier="classic", teacher_lr=classic or base.teacher_lr),
     }
 
 
-def _tuned_parts(base: Config) -> dict[str, Config]:
-    """The same, with all that the paper tunes for comparison."""
-    teacher = replace(base, sessions=0)
-    return _prompted(base) | {
-        "prompt-houlsby": replace(teacher, tune="houlsby"),
-        "prompt-lora": replace(teacher, tune="lora"),
-        "prompt-bias": replace(teacher, tune="bias"),
-        "prompt-feedforward": replace(teacher, tune="feedforward"),
-        "prompt-attention": replace(teacher, tune="attention"),
-        "prompt-embedding": replace(teacher, tune="embedding"),
-        "prompt-head": replace(teacher, tune="head"),
-    }
+_PARTS: tuple[Any, ...] = ("houlsby", "lora", "bias", "feedforward", "attention", "embedding", "head")
 
 
-def _self_trained(base: Config) -> dict[str, Config]:
+def _tuned_parts(base: Config, rates: Mapping[str, float]) -> dict[str, Config]:
+    """The same, with all that the paper tunes for comparison; the teacher's rates by arm where they are not the
+    base's."""
+    arms = _prompted(base) | {f"prompt-{part}": replace(base, sessions=0, tune=part) for part in _PARTS}
+    return {arm: replace(config, teacher_lr=rates.get(arm, base.teacher_lr)) for arm, config in arms.items()}
+
+
+def _self_trained(base: Config, **rates: float) -> dict[str, Config]:
     """LiST and the same self-training without re-weighting (PromptST), beside what has no unlabelled text."""
-    return {"list": base, "prompt-st": replace(base, weights="uniform"), **_prompted(base)}
+    return {"list": base, "prompt-st": replace(base, weights="uniform"), **_prompted(base, **rates)}
 
 
 def _ablated(base: Config) -> dict[str, Config]:
@@ -153,10 +152,10 @@ def _ablated(base: Config) -> dict[str, Config]:
 
 # A real pre-trained encoder, all-MiniLM-L6-v2, with a language-modelling head that is trained here; Subj.
 _MINI = PRESETS["minilm"]
-_MINI_ARMS, _PAPER_ARMS = _self_trained(_MINI), _self_trained(_PAPER)
+_MINI_ARMS, _PAPER_ARMS = _self_trained(_MINI, full=1e-4, classic=3e-4), _self_trained(_PAPER)
 # A RoBERTa of two layers from scratch on some 30,000 sentences; Subj.
 _SCRATCH = PRESETS["sentences"]
-_SCRATCH_ARMS, _PAPER_PARTS = _tuned_parts(_SCRATCH), _tuned_parts(_PAPER)
+_SCRATCH_ARMS, _PAPER_PARTS = _tuned_parts(_SCRATCH, {}), _tuned_parts(_PAPER, {})
 # The same, smaller, on generated reviews.
 _GENERATED_ARMS, _PAPER_ABLATED = _ablated(PRESETS["small"]), _ablated(_PAPER)
 
