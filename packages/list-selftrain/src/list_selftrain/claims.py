@@ -132,9 +132,11 @@ def _tuned_parts(base: Config, rates: Mapping[str, float]) -> dict[str, Config]:
     return {arm: replace(config, teacher_lr=rates.get(arm, base.teacher_lr)) for arm, config in arms.items()}
 
 
-def _self_trained(base: Config, **rates: float) -> dict[str, Config]:
-    """LiST and the same self-training without re-weighting (PromptST), beside what has no unlabelled text."""
-    return {"list": base, "prompt-st": replace(base, weights="uniform"), **_prompted(base, **rates)}
+def _self_trained(base: Config, uniform: float | None = None, **rates: float) -> dict[str, Config]:
+    """LiST and the same self-training without re-weighting (PromptST, in sessions at the rate ``uniform``), beside what
+    has no unlabelled text."""
+    prompt_st = replace(base, weights="uniform", lr=uniform or base.lr)
+    return {"list": base, "prompt-st": prompt_st, **_prompted(base, **rates)}
 
 
 def _ablated(base: Config) -> dict[str, Config]:
@@ -152,7 +154,7 @@ def _ablated(base: Config) -> dict[str, Config]:
 
 # A real pre-trained encoder, all-MiniLM-L6-v2, with a language-modelling head that is trained here; Subj.
 _MINI = PRESETS["minilm"]
-_MINI_ARMS, _PAPER_ARMS = _self_trained(_MINI, full=1e-4, classic=3e-4), _self_trained(_PAPER)
+_MINI_ARMS, _PAPER_ARMS = _self_trained(_MINI, uniform=1e-3, full=1e-4, classic=3e-4), _self_trained(_PAPER)
 # A RoBERTa of two layers from scratch on some 30,000 sentences; Subj.
 _SCRATCH = PRESETS["sentences"]
 _SCRATCH_ARMS, _PAPER_PARTS = _tuned_parts(_SCRATCH, {}), _tuned_parts(_PAPER, {})
@@ -188,7 +190,7 @@ def _class_claim(rate: float, margin: float, **more: Any) -> Claim:
 
 
 _SETTINGS: dict[str, tuple[str, dict[str, Config], dict[str, Config], dict[str, int]]] = {  # arms, tuning
-    "": ("all-MiniLM-L6-v2 with a head trained here; Subj", _MINI_ARMS, _PAPER_ARMS, _tuned(_MINI_ARMS)),
+    "": ("all-MiniLM-L6-v2 with a head trained here; Subj", _MINI_ARMS, _PAPER_ARMS, _tuned(_MINI_ARMS, 3, **{"list": 6, "prompt_st": 6})),
     "-scratch": ("a RoBERTa of two layers from scratch; Subj", _SCRATCH_ARMS, _PAPER_PARTS, _tuned(_SCRATCH_ARMS)),
     "-generated": (
         "a RoBERTa of two layers from scratch; generated reviews", _GENERATED_ARMS, _PAPER_ABLATED,

@@ -290,5 +290,6 @@ PRESETS: dict[str, Config] = {
     "minilm": Config(
         dataset="subj", model="minilm", adapter_dim=16, pretrain_steps=300, pretrain_batch_size=16, pretrain_lr=3e-4,
         max_test=1000, sessions=2, session_steps=60, teacher_epochs=20, finetune_epochs=10, teacher_lr=3e-3,
+        lr=3e-3,
     ),
 }  # fmt: skip
