@@ -117,6 +117,7 @@ def weigh(args: argparse.Namespace, form: str) -> dict[str, float]:
 
     learner = prepare(args)
     model = learner.model.eval()
+    model.__dict__["full"] = None  # kept for saving; higher would take it for a part of the model
     unlabelled, labelled = batch(learner, 16, args.length, False), batch(learner, 4, args.length, True)
     targets = torch.full((16, model.classes), 1 / model.classes)
     labels = learner.labels[:4]

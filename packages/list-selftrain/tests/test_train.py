@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 # teacher: steps 0, 1; session 1: 2 to 5 and 6, 7; session 2: 8 to 11 and 12, 13; re-weighted: 5 and 11
 TINY = Config(
-    width=16, layers=1, heads=2, feedforward=32, vocabulary=300, pretrain_steps=0, max_length=64, adapter_dim=2, shots=8,
-    max_unlabelled=40, max_test=20, sessions=2, session_steps=4, teacher_epochs=1, finetune_epochs=1,
+    width=16, layers=1, heads=2, feedforward=32, vocabulary=300, pretrain_steps=0, max_length=64, adapter_dim=2,
+    shots=8, max_unlabelled=40, max_test=20, sessions=2, session_steps=4, teacher_epochs=1, finetune_epochs=1,
     unlabelled_batch=6, warmup=0.6, lr=1e-2, teacher_lr=1e-2,
 )  # fmt: skip
 FEATURES = dataclasses.replace(TINY, model="features", svd=10, hidden=8)
@@ -76,8 +76,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return trained(tmp_path_factory.mktemp("tiny") / "run")
 
 
-def trained(folder: Path, config: Config = TINY, *, resume: bool = False, **changes: Any) -> Run:
-    options = RunOptions(output_dir=folder, log_every=1, checkpoint_every=1, resume=resume)
+def trained(folder: Path, config: Config = TINY, *, resume: bool = False, every: int = 1, **changes: Any) -> Run:
+    options = RunOptions(output_dir=folder, log_every=every, checkpoint_every=every, resume=resume)
     return train(dataclasses.replace(config, **changes), options)
 
 
@@ -155,7 +155,7 @@ def test_run_folder(tiny: Run) -> None:
 def test_sessions(tiny: Run) -> None:
     """Accuracy of teacher and students, and of the last one as it is predicted afterwards; what is known of labels."""
     assert tiny.data.test is not None
-    assert [set(one) for one in tiny.sessions][0] == {"accuracy"}
+    assert set(tiny.sessions[0]) == {"accuracy"}
     for number, one in enumerate(tiny.sessions[1:], 1):
         assert set(one) == {"accuracy", "pseudo_label_accuracy", "zero_weights", "effective_examples"}
         (row,) = [row for row in tiny.metrics if row["step"] == 6 * number]  # the one step after the warm-up
@@ -193,21 +193,20 @@ def test_pseudo_labels_file(tiny: Run) -> None:
 
 def test_pseudo_labels_of_one_own_file(tmp_path: Path) -> None:
     """Pairs of texts, unlabelled ones without truth: the column stays empty, and a comma or a quote breaks nothing."""
-    lines = [f'{{"sentence1": "a, \\"{word}\\" {i}", "sentence2": "b", "label": "{word}"}}' for i in range(4) for word in (
-        "yes", "no",
-    )]  # fmt: skip
+    rows = [(f'a, "{word}" {i}', word) for i in range(4) for word in ("yes", "no")]
+    lines = [json.dumps({"sentence1": text, "sentence2": "b", "label": word}) for text, word in rows]
     (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    more = [f'{{"sentence1": "c, \\"d\\" {i}", "sentence2": "yes no a {i}"}}' for i in range(8)]
+    more = [json.dumps({"sentence1": f'c, "d" {i}', "sentence2": f"yes no a {i}"}) for i in range(8)]
     (tmp_path / "more.jsonl").write_text("\n".join(more) + "\n", encoding="utf-8")
     config = dataclasses.replace(
         FEATURES, dataset=str(tmp_path / "own.jsonl"), unlabelled=str(tmp_path / "more.jsonl"), shots=None,
         template="*cls**sent_0*_?*mask*,*+sentl_1**sep+*", words=("yes", "no"), svd=3,
     )  # fmt: skip
     run = trained(tmp_path / "run", config)
-    rows = table(run.folder / "pseudo-labels.csv")
-    assert {row["text"] for row in rows} <= {f'c, "d" {i} | yes no a {i}' for i in range(8)}
-    assert {row["label"] for row in rows} == {""}
-    assert {row["pseudo_label"] for row in rows} <= {"yes", "no"}
+    found = table(run.folder / "pseudo-labels.csv")
+    assert {row["text"] for row in found} <= {f'c, "d" {i} | yes no a {i}' for i in range(8)}
+    assert {row["label"] for row in found} == {""}
+    assert {row["pseudo_label"] for row in found} <= {"yes", "no"}
     assert all("accuracy" not in one and "pseudo_label_accuracy" not in one for one in run.sessions)
     assert load(run.folder).sessions == run.sessions
 
@@ -358,7 +357,7 @@ def test_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     """load() names a damaged one: the one before it is that of an unfinished run; with none left that is said."""
     run = trained(tmp_path / "run", GAUSSIAN)
     wanted = test_logits(run)
-    newest, before = checkpoint.listing(run.folder / "checkpoints")
+    newest = checkpoint.listing(run.folder / "checkpoints")[0]
     content = bytearray((newest / "state.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (newest / "state.safetensors").write_bytes(content)
@@ -374,7 +373,7 @@ def test_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_taken_folder_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before data are read and a model is pre-trained, and nothing in it changes; so is another config's run."""
+    """Before data are read and a model is pre-trained, and nothing in it changes."""
     run = trained(tmp_path / "run", GAUSSIAN)
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
@@ -385,9 +384,6 @@ def test_taken_folder_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data, "load", never)
     with pytest.raises(UserError, match="already holds a run: add --resume"):
         trained(run.folder, GAUSSIAN)
-    for changes in ({"lr": 0.5}, {"warmup": 0.5}, {"seed": 3}):
-        with pytest.raises(UserError, match=f"made with {next(iter(changes))} = "):
-            trained(run.folder, GAUSSIAN, resume=True, **changes)
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -551,7 +547,7 @@ def test_threshold(tmp_path: Path) -> None:
 def test_few_labels_are_above_chance(tmp_path: Path) -> None:
     """30 labelled reviews and self-training: about 70 %, chance is 52."""
     found = [
-        trained(tmp_path / str(seed), LEARNING, seed=seed, teacher_epochs=30, session_steps=50).sessions
+        trained(tmp_path / str(seed), LEARNING, every=1000, seed=seed, teacher_epochs=30, session_steps=50).sessions
         for seed in (0, 1, 2)
     ]
     assert np.mean([one[0]["accuracy"] for one in found]) > 62
@@ -564,7 +560,13 @@ def test_reweighting_withstands_class_noise(tmp_path: Path) -> None:
     for seed in (0, 1):
         for weights, of in accuracy.items():
             run = trained(
-                tmp_path / f"{weights}-{seed}", LEARNING, noise="class", noise_rate=0.6, weights=weights, seed=seed
+                tmp_path / f"{weights}-{seed}",
+                LEARNING,
+                every=1000,
+                noise="class",
+                noise_rate=0.6,
+                weights=weights,
+                seed=seed,
             )
             of.append(run.sessions[-1]["accuracy"])
         run = load(tmp_path / f"meta-{seed}")

@@ -58,7 +58,7 @@ def tfidf_self_training(data: Data, seed: int = 0) -> dict[str, float]:
     """scikit-learn's self-training on TF-IDF features, beside the same classifier on the labelled texts alone.
 
     Returns:
-        tfidf_accuracy and tfidf_self_training_accuracy on the test part, in percent.
+        tfidf_accuracy and, where there are unlabelled texts, tfidf_self_training_accuracy on the test part, in percent.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -73,10 +73,13 @@ def tfidf_self_training(data: Data, seed: int = 0) -> dict[str, float]:
     )
     vectorizer = TfidfVectorizer(sublinear_tf=True).fit([*labelled, *unlabelled])
     supervised = make_pipeline(vectorizer, LogisticRegression(random_state=seed)).fit(labelled, data.labelled.labels)
-    labels = np.concatenate([data.labelled.labels, np.full(len(unlabelled), -1)])
-    semi = SelfTrainingClassifier(LogisticRegression(random_state=seed), criterion="k_best", k_best=100)
-    semi.fit(vectorizer.transform([*labelled, *unlabelled]), labels)
-    return {
-        "tfidf_accuracy": 100 * float(supervised.score(test, data.test.labels)),
-        "tfidf_self_training_accuracy": 100 * float(semi.score(vectorizer.transform(test), data.test.labels)),
-    }
+    found = {"tfidf_accuracy": 100 * float(supervised.score(test, data.test.labels))}
+    if unlabelled:
+        labels = np.concatenate([data.labelled.labels, np.full(len(unlabelled), -1)])
+        semi = SelfTrainingClassifier(
+            LogisticRegression(random_state=seed), criterion="k_best", k_best=min(100, len(unlabelled))
+        )
+        semi.fit(vectorizer.transform([*labelled, *unlabelled]), labels)
+        accuracy = semi.score(vectorizer.transform(test), data.test.labels)
+        found["tfidf_self_training_accuracy"] = 100 * float(accuracy)
+    return found

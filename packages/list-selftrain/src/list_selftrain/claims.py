@@ -190,7 +190,10 @@ def _class_claim(rate: float, margin: float, **more: Any) -> Claim:
 
 
 _SETTINGS: dict[str, tuple[str, dict[str, Config], dict[str, Config], dict[str, int]]] = {  # arms, tuning
-    "": ("all-MiniLM-L6-v2 with a head trained here; Subj", _MINI_ARMS, _PAPER_ARMS, _tuned(_MINI_ARMS, 3, **{"list": 6, "prompt_st": 6})),
+    "": (
+        "all-MiniLM-L6-v2 with a head trained here; Subj", _MINI_ARMS, _PAPER_ARMS,
+        {"list": 7, "prompt-st": 7, "prompt-adapter": 4, "prompt-full": 4, "classic-full": 3},
+    ),
     "-scratch": ("a RoBERTa of two layers from scratch; Subj", _SCRATCH_ARMS, _PAPER_PARTS, _tuned(_SCRATCH_ARMS)),
     "-generated": (
         "a RoBERTa of two layers from scratch; generated reviews", _GENERATED_ARMS, _PAPER_ABLATED,
