@@ -65,7 +65,7 @@ def _loaded_once() -> Iterator[None]:
 def loaded(config: Config) -> Data:
     if config.dataset != "generated":
         return LOAD(config)
-    key = (config.seed, config.shots, config.max_unlabelled, config.max_test)
+    key = (config.seed, config.shots, config.max_unlabelled, config.max_test, config.unlabelled_batch)
     if key not in SOURCES:
         SOURCES[key] = LOAD(config)
     return SOURCES[key]
@@ -363,7 +363,8 @@ def test_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (newest / "state.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="is at step 13 of 14"):
         load(run.folder)
-    assert newest.name in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"{newest.name}/state.safetensors is damaged" in said.out + said.err
     again = trained(run.folder, GAUSSIAN, resume=True)
     assert torch.equal(test_logits(again), wanted)
     for path in checkpoint.listing(run.folder / "checkpoints"):
@@ -394,7 +395,7 @@ def test_nothing_is_left_of_a_config_that_does_not_fit(tmp_path: Path) -> None:
         ({"unlabelled_batch": 41}, "fewer than --unlabelled-batch 41"),
         ({"template": "no template"}, "template"),
         ({"words": ("bad",)}, "1 label word"),
-        ({"max_length": 9}, "--max-length"),
+        ({"max_length": 8}, "--max-length"),
         ({"model": "/nowhere"}, "no such folder"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -152,6 +153,35 @@ class Classifier(nn.Module):
         return contextlib.nullcontext()
 
 
+class _FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + b with derivatives in x alone."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        assert tangents[0] is not None
+        return nn.functional.linear(tangents[0], weight)
+
+
+def _frozen_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    found: Tensor = _FrozenLinear.apply(x, layer.weight, layer.bias)
+    return found
+
+
 class _Encoded(Classifier):
     """A classifier on a language model's encoder."""
 
@@ -165,14 +195,22 @@ class _Encoded(Classifier):
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Inside, attention is computed plainly: the fused kernels have neither forward mode nor second derivatives."""
+        """Inside, attention is computed plainly: the fused kernels have neither forward mode nor second derivatives.
+        Frozen dense layers pass tangents on by one product; by themselves they would make another, with zeros."""
         configs = {id(m.config): m.config for m in self.encoder.modules() if isinstance(m, PreTrainedModel)}.values()
         before = [config._attn_implementation for config in configs]
-        for config in configs:
-            config._attn_implementation = "eager"
+        frozen = [
+            m for m in self.modules() if type(m) is nn.Linear and not any(p.requires_grad for p in m.parameters())
+        ]
         try:
+            for config in configs:
+                config._attn_implementation = "eager"
+            for layer in frozen:
+                layer.forward = functools.partial(_frozen_linear, layer)  # type: ignore[method-assign]
             yield
         finally:
+            for layer in frozen:
+                del layer.forward
             for config, kind in zip(configs, before, strict=True):
                 config._attn_implementation = kind
 
