@@ -177,3 +177,20 @@ def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_plot(tmp_path: Path) -> None:
     claims.plot(tmp_path, "small")
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["flagship", "one cell"])
+def test_plot_of_few_cells(tmp_path: Path, whole: bool) -> None:
+    """What a sweep of one claim, or one that was interrupted, has left can be drawn."""
+    metrics = {"accuracy": 60.0, "by_session": [50.0, 60.0], "weight_counts": {"right": [1] * 40, "wrong": [2] * 40}}
+    for claim in claims.CLAIMS:
+        if claim.flagship:
+            for arm in claim.arms["small"] if whole else (claim.treatment,):
+                for seed in range(2 if arm == claim.treatment else 1):
+                    cell(tmp_path, claim, arm, metrics, seed=seed)
+    claims.plot(tmp_path, "small")
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures
+    assert all(name.startswith("small-") for name in pictures)
+    claims.plot(tmp_path, "paper")
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures

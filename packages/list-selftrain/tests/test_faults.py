@@ -50,6 +50,12 @@ def uncertain(prompted: testing.Training) -> testing.Training:
 
 
 @pytest.fixture(scope="module")
+def features(uncertain: testing.Training) -> testing.Training:
+    """The same on frozen features of the texts."""
+    return replace(uncertain, config=replace(uncertain.config, model="features", svd=4, hidden=4))
+
+
+@pytest.fixture(scope="module")
 def vectors() -> testing.Training:
     """A network on vectors."""
     config = Config(
@@ -73,12 +79,16 @@ def test_killed_anywhere_with_sampled_choices(tmp_path: Path, uncertain: testing
     testing.killed_anywhere(uncertain, tmp_path, draws=1, seed=2)
 
 
+def test_killed_anywhere_on_features(tmp_path: Path, features: testing.Training) -> None:
+    testing.killed_anywhere(features, tmp_path, draws=1)
+
+
 def test_killed_anywhere_on_vectors(tmp_path: Path, vectors: testing.Training) -> None:
     testing.killed_anywhere(vectors, tmp_path, draws=1, seed=3)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["prompted", "pretrained", "uncertain", "vectors"])
+@pytest.mark.parametrize("name", ["prompted", "pretrained", "uncertain", "features", "vectors"])
 def test_killed_at_twenty_moments(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
     testing.killed_anywhere(request.getfixturevalue(name), tmp_path, draws=20, seed=1)
 
