@@ -278,7 +278,6 @@ def test_reweight_demo_on_vectors(tmp_path: Path) -> None:
     assert 0 < found["flipped"] < 100
 
 
-@pytest.mark.xfail(raises=RuntimeWarning, reason="reweight_demo takes the mean of no weights")
 @pytest.mark.usefixtures("short_demo")
 def test_reweight_demo_with_nothing_flipped(tmp_path: Path) -> None:
     """A figure, not a warning."""
@@ -287,7 +286,6 @@ def test_reweight_demo_with_nothing_flipped(tmp_path: Path) -> None:
     assert np.isnan(found["weight_separation"])
 
 
-@pytest.mark.xfail(raises=KeyError, reason="reweight_demo takes the accuracy for granted")
 @pytest.mark.usefixtures("short_demo")
 def test_reweight_demo_without_test_rows(tmp_path: Path, own: Path) -> None:
     """One line, not a KeyError."""
@@ -315,7 +313,6 @@ def test_export_adapter(tmp_path: Path, run: Run, features: Run) -> None:
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.xfail(raises=FileExistsError, reason="save_pretrained makes a folder of a name that a file has")
 def test_export_where_a_file_is(tmp_path: Path, run: Run) -> None:
     """One line, and the file stays."""
     (tmp_path / "held").write_text("kept")

@@ -31,7 +31,8 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none
+            beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error
 
 
@@ -93,7 +94,11 @@ class RunFolder:
             raise UserError(f"{self.path} already holds a run: add --resume, or choose another --output-dir")
         self._take_lock()
         if held:
-            self._check_same_config()
+            try:
+                self._check_same_config()
+            except UserError:
+                self.close()
+                raise
         else:
             write_json(self.config_path, config_to_dict(config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from metazoo import runfolder
 from metazoo.errors import UserError
 from metazoo.options import RunOptions
 
-from list_selftrain import baselines, metrics
+from list_selftrain import baselines, data, metrics
 from list_selftrain.config import PRESETS, Config, EvaluateOptions, ExportOptions, ReweightOptions
 from list_selftrain.model import PromptClassifier, parameters
 from list_selftrain.train import Run, load, train
@@ -107,6 +108,8 @@ def reweight_demo(options: ReweightOptions) -> dict[str, Any]:
         PRESETS["features"], dataset=options.dataset, data_dir=options.data_dir, noise=options.noise,
         noise_rate=options.noise_rate, seed=options.seed,
     )  # fmt: skip
+    if data.load(config).test is None:
+        raise UserError(f"{options.dataset} has no test part to compare students on: name another --dataset")
     runs = {
         weights: train(replace(config, weights=weights), RunOptions(output_dir=options.output_dir / weights))
         for weights in ("uniform", "meta")
@@ -115,7 +118,9 @@ def reweight_demo(options: ReweightOptions) -> dict[str, Any]:
     groups = weight_groups(runs["meta"])
     found["flipped"] = 100 - runs["meta"].sessions[-1]["pseudo_label_accuracy"]
     found["weight_separation"] = pseudo_labels(runs["meta"]).get("weight_separation", float("nan"))
-    found |= {f"mean_weight_{name}": float(values.mean()) for name, values in groups.items()}
+    found |= {
+        f"mean_weight_{name}": float(values.mean()) if len(values) else math.nan for name, values in groups.items()
+    }
     path = options.output_dir / "weights.png"
     plots.weights(groups, path, title=f"{options.dataset}, {options.noise} noise of {options.noise_rate:g}")
     found["plot"] = str(path)

@@ -284,7 +284,10 @@ class PromptClassifier(_Encoded):
         """Write what is trained (model.safetensors) and what else :meth:`from_pretrained` needs (list.json); the
         language model itself, in base/, only where it is from no hub id or folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write in {folder}: {error.strerror}; choose another folder") from error
         weights = {name: p.detach().to("cpu").contiguous() for name, p in self.trained().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         base = self.base

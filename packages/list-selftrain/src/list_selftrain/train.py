@@ -136,6 +136,8 @@ class LiSTLearner:
             raise UserError(
                 f"{accelerator.num_processes} processes want --labelled-batch and --unlabelled-batch of as many or more"
             )
+        if config.weights == "uncertainty" and config.sessions and len(source.unlabelled) < 2:
+            raise UserError("--weights uncertainty chooses half of the unlabelled examples: give two or more")
         self.model = load_model(config, source, accelerator).to(accelerator.device)
         self.parameters = list(self.model.trained().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0)
@@ -413,7 +415,8 @@ def load(folder: Path | str) -> Run:
     accelerator = loop.prepare(RunOptions(), seed=config.seed)
     learner = LiSTLearner(config, data.load(config), accelerator)
     state = learner.state()
-    step = checkpoint.restore(path / "checkpoints", {name: state[name] for name in ("model", "session")})
+    kept = {name: state[name] for name in ("model", "session")}
+    step = checkpoint.restore(path / "checkpoints", kept, say=lambda line: print(line, file=sys.stderr))
     if not step:
         raise UserError(f"{path} has no checkpoint yet: train it first")
     if step < learner.steps:
