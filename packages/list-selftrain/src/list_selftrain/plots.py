@@ -82,16 +82,18 @@ def lines(
     curves: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]], path: Path, *, xlabel: str, ylabel: str,
     title: str = "",
 ) -> None:  # fmt: skip
-    """Mean over seeds with the range of the seeds: {name: (x [P], values [P][seeds])}."""
-    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    """Mean over seeds, of up to four curves with the range of the seeds: {name: (x [P], values [P][seeds])}."""
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     axes = figure.subplots()
     for i, (name, (x, values)) in enumerate(curves.items()):
         table = [np.asarray(of, dtype=float) for of in values]
         means: list[Any] = [of.mean() for of in table]
         style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 4}
         axes.plot(x, means, label=name, **style)
-        low, high = [of.min() for of in table], [of.max() for of in table]
-        axes.fill_between(x, low, high, color=COLOURS[i % 8], alpha=0.15, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.legend(fontsize=8)
+        if len(curves) <= 4:
+            low, high = [of.min() for of in table], [of.max() for of in table]
+            axes.fill_between(x, low, high, color=COLOURS[i % 8], alpha=0.15, linewidth=0)
+    ticks = sorted({value for x, _ in curves.values() for value in x})
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=ticks if len(ticks) <= 10 else axes.get_xticks())
+    figure.legend(fontsize=8, loc="outside right upper")
     _save(figure, path)
