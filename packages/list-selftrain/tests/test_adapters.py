@@ -208,8 +208,6 @@ COUNTS = {
 
 @pytest.mark.parametrize("tune", get_args(Tune))
 def test_what_is_trained(tune: str) -> None:
-    if tune == "lora":
-        pytest.importorskip("peft")
     encoder = make("bert").base_model
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     choose(encoder, tune, LiSTAdapterConfig(4))
@@ -228,8 +226,6 @@ def test_what_is_trained(tune: str) -> None:
 @pytest.mark.parametrize("tune", ["adapter", "bias", "feedforward", "attention", "embedding", "lora"])
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2", "electra"])
 def test_every_choice_has_something_in_other_layouts(name: str, tune: str) -> None:
-    if tune == "lora":
-        pytest.importorskip("peft")
     encoder = make(name).base_model
     choose(encoder, tune, LiSTAdapterConfig(4))
     trained = [at for at, p in encoder.named_parameters() if p.requires_grad]
@@ -241,7 +237,6 @@ def test_every_choice_has_something_in_other_layouts(name: str, tune: str) -> No
 
 
 def test_lora_begins_as_the_model_itself() -> None:
-    pytest.importorskip("peft")
     mlm = make("roberta")
     wanted = mlm(input_ids=IDS).logits
     kind = type(mlm.base_model)
@@ -274,7 +269,6 @@ def test_nothing_of_the_kind() -> None:
             choose(Plain(), tune, LiSTAdapterConfig())
     with pytest.raises(UserError, match="--tune everything: give one of adapter"):
         choose(Plain(), "everything", LiSTAdapterConfig())
-    pytest.importorskip("peft")
     with pytest.raises(UserError, match="Plain has no query and value"):
         choose(Plain(), "lora", LiSTAdapterConfig())
 

@@ -282,8 +282,6 @@ def test_refused_prompts(tokenizer: Any) -> None:
 @pytest.mark.parametrize("tune", ["adapter", "houlsby", "simple", "lora", "bias", "feedforward", "full"])
 def test_reset_is_a_fresh_student(tokenizer: Any, tune: str) -> None:
     """Adapters by the generator's seed, all else exactly as it was before training."""
-    if tune == "lora":
-        pytest.importorskip("peft")
     model = prompted(tokenizer, tune=tune)
     model.reset(torch.Generator().manual_seed(1))
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -425,8 +423,6 @@ def test_vectors_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize("tune", ["adapter", "simple", "lora", "full", "head"])
 def test_saved_and_loaded_bit_for_bit(tokenizer: Any, tmp_path: Path, tune: str) -> None:
     """With the language model beside, which is of no hub id or folder; nothing else is needed."""
-    if tune == "lora":
-        pytest.importorskip("peft")
     model = prompted(tokenizer, tune=tune, base=None)
     untouched = layout("roberta", tokenizer)
     with torch.no_grad():

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -103,7 +104,7 @@ class Inputs:
 # ---- classifiers
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """What is common: classes, encoding of examples, a fresh student.
 
     ``forward`` takes what :meth:`Inputs.take` gives, and returns logits [B, C]. ``labels`` are the classes' names,
@@ -113,9 +114,9 @@ class Classifier(nn.Module):
     classes: int
     labels: tuple[str, ...] = ()
 
+    @abstractmethod
     def encode(self, part: Part) -> Inputs:
         """Examples as :class:`Inputs`."""
-        raise NotImplementedError
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
