@@ -56,7 +56,7 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
     return {**found, "seconds_of_training": seconds}
 
 
-def _arms(base: Config, **rates: tuple[float, float]) -> dict[str, Config]:
+def arms_of(base: Config, **rates: tuple[float, float]) -> dict[str, Config]:
     """Zero-shot, the teacher alone, the student alone, MAML-Align, and fine-tuning on the same outer sets or on all.
 
     Args:
@@ -88,3 +88,6 @@ def _two_sets(base: Config, mode: str) -> Config:
 
 def _only(arms: Mapping[str, Config], *names: str) -> dict[str, Config]:
     return {name: arms[name] for name in names}
+
+
+CLAIMS: tuple[Claim, ...] = ()

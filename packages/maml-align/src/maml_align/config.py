@@ -152,7 +152,9 @@ class Config:
         if self.method == "maml-align" and self.mode != "MONO_BIL_MULTI":
             raise UserError(f"--method maml-align needs the three sets of --mode MONO_BIL_MULTI, not {self.mode}")
         if self.method in ("maml", "reptile") and self.mode == "MONO_BIL_MULTI":
-            raise UserError(f"--method {self.method} takes two sets: give --mode MONO_BIL (T-MAML) or BIL_MULTI (S-MAML)")
+            raise UserError(
+                f"--method {self.method} takes two sets: give --mode MONO_BIL (T-MAML) or BIL_MULTI (S-MAML)"
+            )
         if self.learn_inner_lr and self.method not in ("maml", "maml-align"):
             raise UserError(f"--learn-inner-lr is for maml and maml-align, not {self.method}")
         if self.checkpointing and self.first_order:
@@ -291,11 +293,13 @@ PRESETS: dict[str, Config] = {
     ),
     "stsb": replace(
         _STATIC, dataset="stsb", languages=("de", "en", "es", "fr"), unseen=("it", "nl", "pt"), shots=16, queries=16,
+        outer_lr=1e-2,
     ),
-    "xquad-r": replace(_STATIC, unseen=(), vocabulary=16384, steps=80),
+    "xquad-r": replace(_STATIC, unseen=(), vocabulary=16384, width=128, steps=120, outer_lr=1e-2),
     "minilm": replace(
         _STATIC, dataset="stsb", model="minilm", languages=("de", "en", "es", "fr"), unseen=("it", "nl", "pt"),
-        shots=8, queries=8, steps=60, inner_lr=1e-2, outer_lr=5e-5, max_query_length=48,
+        shots=8, queries=8, task_batch=2, inner_steps=1, inner_lr=0.1, steps=30, outer_lr=1e-4, max_query_length=40,
+        max_test=300,
     ),
     "rotations": Config(
         dataset="rotations", model="linear", languages=("a", "b", "c", "d", "e", "f"), unseen=(), shots=32, queries=32,

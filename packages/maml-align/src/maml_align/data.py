@@ -369,7 +369,9 @@ def _subset(whole: XQuAD, kept: np.ndarray) -> Questions:
         contexts[language] = tuple(np.array(part.contexts[language], dtype=object)[mine])
         answers[language] = place[part.answers[language][rows]].astype(np.int64)
     ids = tuple(part.ids[i] for i in rows)
-    return Questions(ids, {one: tuple(of[i] for i in rows) for one, of in part.questions.items()}, sentences, contexts, answers)
+    return Questions(
+        ids, {one: tuple(of[i] for i in rows) for one, of in part.questions.items()}, sentences, contexts, answers
+    )
 
 
 # A file of one's own
@@ -469,10 +471,14 @@ def _own_questions(path: Path, rows: Sequence[tuple[str, Any]], config: Config, 
             raise UserError(f"{where}: question {key} in {language} is there twice (also {seen[key, language]})")
         seen[key, language] = where
     keys = [
-        [("id", key), ("answer", answer), *([("context", context)] if context else [])] for key, _, _, answer, context, _ in read
+        [("id", key), ("answer", answer), *([("context", context)] if context else [])]
+        for key, _, _, answer, context, _ in read
     ]
     part_of = _parts(_groups(keys), config.seed)
-    parts = [_questions([row for row, part in zip(read, part_of, strict=True) if part == number], languages) for number in range(3)]
+    parts = [
+        _questions([row for row, part in zip(read, part_of, strict=True) if part == number], languages)
+        for number in range(3)
+    ]
     return Data(path.stem, "questions", *parts)
 
 

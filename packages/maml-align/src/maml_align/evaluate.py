@@ -88,7 +88,9 @@ def score(
     if isinstance(part, Pairs):
         pearson, spearman = evaluate_sts(encoder, part, languages, batch_size)
         found = summarise(pearson, config.languages, config.unseen)
-        found |= {f"spearman_{name}": value for name, value in summarise(spearman, config.languages, config.unseen).items()}
+        found |= {
+            f"spearman_{name}": value for name, value in summarise(spearman, config.languages, config.unseen).items()
+        }
         return found, pearson
     return evaluate_retrieval(encoder, part, config, k, batch_size)
 
@@ -135,7 +137,9 @@ def evaluate_retrieval(
 ) -> tuple[dict[str, float], Matrix]:
     """Questions of each language against the sentences of all (LAReQA's X-Y), and of each language alone."""
     languages = (*config.languages, *config.unseen)
-    candidates = {one: encoder.encode(part.candidates(one, config.context), batch_size, "document") for one in languages}
+    candidates = {
+        one: encoder.encode(part.candidates(one, config.context), batch_size, "document") for one in languages
+    }
     of_candidate = np.repeat(np.arange(len(languages)), [len(candidates[one]) for one in languages])
     pool = np.concatenate([candidates[one] for one in languages])
     starts = np.searchsorted(of_candidate, np.arange(len(languages)))
@@ -303,7 +307,9 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}: give a text file") from error
+        raise UserError(
+            f"--file {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}: give a text file"
+        ) from error
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise UserError(f"--file {path}: no sentence in it: give one on each line")
@@ -326,10 +332,10 @@ def _plot(run: Run, found: Mapping[str, float], matrix: Matrix) -> None:
     names = [f"{prefix}{name}" for name in ("mono_seen", "cross_seen", "mono_unseen", "cross_unseen")]
     names += [] if pairs else ["map"]
     bars = {
-        label: {name.removeprefix("pool_").replace("_", " "): found[f"{before}{name}"] for name in names if name in found}
+        label: {
+            name.removeprefix("pool_").replace("_", " "): found[f"{before}{name}"] for name in names if name in found
+        }
         for label, before in (("trained", ""), ("before training", "zero_shot_"), ("TF-IDF", "tfidf_"))
         if f"{before}{names[0]}" in found
     }
     plots.comparison(bars, run.folder / "comparison.png", "Pearson ×100" if pairs else "mAP ×100")
-
-

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +76,10 @@ class DualEncoder(nn.Module):
         if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("modules.json", "config.json")):
             raise UserError(f"--model {name}: no modules.json and no config.json in it: give a model's folder")
         try:
-            backbone = sentence_transformers.SentenceTransformer(
-                str(name), device="cpu", trust_remote_code=False, model_kwargs={"attn_implementation": attention}
-            )
+            with quiet():
+                backbone = sentence_transformers.SentenceTransformer(
+                    str(name), device="cpu", trust_remote_code=False, model_kwargs={"attn_implementation": attention}
+                )
             return cls(backbone)
         except Exception as error:  # whatever the hub, its cache, transformers and safetensors raise
             reason = " ".join(str(error).split())[:200]
@@ -86,7 +90,8 @@ class DualEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """A folder that ``SentenceTransformer(folder)`` loads; it ends in a Normalize module."""
-        self._normalised().save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
+        with quiet():
+            self._normalised().save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
 
     def push_to_hub(self, repository: str, **more: Any) -> str:
         """Upload it as a sentence-transformers model; see ``SentenceTransformer.push_to_hub``."""
@@ -289,7 +294,9 @@ def static(config: Config, texts: Iterable[str]) -> DualEncoder:
     tokenizer = train_tokenizer(texts, config.vocabulary)
     generator = torch.Generator().manual_seed(config.seed)
     weights = torch.randn(tokenizer.get_vocab_size(), config.width, generator=generator) / config.width**0.5
-    return DualEncoder(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu"))
+    return DualEncoder(
+        SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu")
+    )
 
 
 def tiny(config: Config, texts: Iterable[str], attention: str) -> DualEncoder:
@@ -311,8 +318,9 @@ def tiny(config: Config, texts: Iterable[str], attention: str) -> DualEncoder:
         torch.manual_seed(config.seed)
         network = transformers.BertModel(shape, add_pooling_layer=False)
     with tempfile.TemporaryDirectory() as folder:  # sentence-transformers builds its modules from a folder
-        network.save_pretrained(folder)
-        fast.save_pretrained(folder)
+        with quiet():
+            network.save_pretrained(folder)
+            fast.save_pretrained(folder)
         return DualEncoder.from_pretrained(folder, attention=attention)
 
 
@@ -367,3 +375,29 @@ def is_sentence_transformer(folder: Path) -> bool:
     if not (folder / "modules.json").exists():
         return False
     return isinstance(json.loads((folder / "modules.json").read_text(encoding="utf-8")), list)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers and the hub from logging, warning and drawing bars: what matters is raised as a UserError."""
+    import huggingface_hub
+    import transformers
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    ours, hubs = transformers.utils.logging, huggingface_hub.utils.logging
+    levels = ours.get_verbosity(), hubs.get_verbosity()
+    drawn = ours.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where the environment decides on the bars, the hub warns
+        ours.set_verbosity(logging.CRITICAL)
+        hubs.set_verbosity(logging.CRITICAL)
+        ours.disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            ours.set_verbosity(levels[0])
+            hubs.set_verbosity(levels[1])
+            if drawn[0]:
+                ours.enable_progress_bar()  # type: ignore[no-untyped-call]
+            (enable_progress_bars if drawn[1] else disable_progress_bars)()

@@ -1,15 +1,19 @@
-"""Nearest neighbours of unit vectors: exact, or by faiss; and the negatives and similar questions found with it."""
+"""Nearest neighbours of unit vectors: exact, by faiss or by hnswlib; negatives and similar questions found with it."""
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any, Literal
+import importlib
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import numpy as np
 from metazoo.errors import UserError
 
+from maml_align.metrics import top
+
 Kind = Literal["exact", "faiss", "hnsw"]
-BLOCK = 2**25  # similarities held at a time
+BLOCK = 2**23  # similarities held at a time: 32 MB, and a few times that while they are sorted
+DEPTH = 1_000  # nearest candidates that negatives are looked for among, where the index is not exact
 
 
 class Index:
@@ -17,103 +21,181 @@ class Index:
 
     Args:
         vectors: [N, d] float32.
-        kind: exact; faiss (inverted lists, from 10,000 vectors on, of which an eighth is looked at); hnsw (faiss's
-            graph). Both of faiss are approximate.
+        kind: exact; faiss (all compared below 10,000 vectors; from there on inverted lists, an eighth of which is
+            looked at); hnsw (hnswlib's graph). The last two are approximate, and the same each time.
 
     Raises:
-        UserError: no vectors, or faiss is not installed.
+        UserError: no vectors, one that is not finite, another kind, or a library that is not installed.
     """
 
     def __init__(self, vectors: np.ndarray, kind: Kind = "exact") -> None:
-        if vectors.ndim != 2 or not len(vectors):
+        if kind not in get_args(Kind):
+            raise UserError(f"index {kind!r}: one of {', '.join(get_args(Kind))}")
+        if vectors.ndim != 2 or not vectors.size:
             raise UserError(f"an index of vectors of shape {vectors.shape}: give [N, d] with N of 1 or more")
         self.vectors, self.kind = np.ascontiguousarray(vectors, dtype=np.float32), kind
-        self._index: Any = None
-        if kind != "exact":
-            self._index = self._faiss()
-
-    def _faiss(self) -> Any:
-        if importlib.util.find_spec("faiss") is None:
-            raise UserError(f"--index {self.kind}: faiss is not installed: add the extra [faiss]")
-        import faiss
-
-        count, width = self.vectors.shape
-        if self.kind == "hnsw":
-            index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
-            index.hnsw.efConstruction, index.hnsw.efSearch = 80, 128
-        elif count < 10_000:
-            index = faiss.IndexFlatIP(width)
-        else:
-            lists = int(4 * count**0.5)
-            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
-            index.nprobe = max(8, lists // 8)
-            index.train(self.vectors[np.random.default_rng(0).permutation(count)[: 64 * lists]])
-        index.add(self.vectors)
-        return index
+        _finite(self.vectors)
+        self._index: Any = None if kind == "exact" else _faiss(self.vectors) if kind == "faiss" else _hnsw(self.vectors)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines [Q, k] and numbers [Q, k] of the k nearest to each of the queries [Q, d], best first.
+        """Cosines [Q, k] float32 and numbers [Q, k] int64 of the k nearest to each of the queries [Q, d], best first.
 
         Raises:
-            UserError: k is larger than the index, or the queries are of another width.
+            UserError: k is larger than the index, or the queries are of another width, or not finite.
         """
         count, width = self.vectors.shape
         if not 1 <= k <= count:
             raise UserError(f"k is {k}, but there are {count} sentences: give 1 to {count}")
         if queries.ndim != 2 or queries.shape[1] != width:
-            raise UserError(f"queries of shape {queries.shape} in an index of width {width}: encode both with one model")
+            raise UserError(
+                f"queries of shape {queries.shape} in an index of width {width}: encode both with one model"
+            )
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if self._index is not None:
+        _finite(queries)
+        if self.kind == "faiss":
             scores, found = self._index.search(queries, k)
+            short = (found < 0).any(1)  # the lists looked at hold fewer than k
+            if short.any():
+                scores[short], found[short] = self._exact(queries[short], k)
             return scores, found.astype(np.int64)
-        step = max(1, BLOCK // count)
-        blocks = [_nearest(queries[i : i + step] @ self.vectors.T, k) for i in range(0, len(queries), step)]
-        return np.concatenate([one for one, _ in blocks]), np.concatenate([one for _, one in blocks])
+        if self.kind == "hnsw":
+            self._index.set_ef(max(128, 2 * k))
+            try:
+                found, distances = self._index.knn_query(queries, k)
+            except RuntimeError:  # the graph reaches fewer than k from some query
+                return self._exact(queries, k)
+            return 1 - distances, found.astype(np.int64)
+        return self._exact(queries, k)
+
+    def _exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.empty((len(queries), k), dtype=np.float32)
+        found = np.empty((len(queries), k), dtype=np.int64)
+        for rows, cosines in _blocks(queries, self.vectors):
+            found[rows] = top(cosines, k)
+            scores[rows] = np.take_along_axis(cosines, found[rows], axis=1)
+        return scores, found
 
 
-def _nearest(cosines: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k greatest of each row, best first, ties by number."""
-    if k < cosines.shape[1]:
-        least = -np.partition(-cosines, k - 1, axis=1)[:, k - 1 : k]
-        few = [np.flatnonzero(row >= cut) for row, cut in zip(cosines, least[:, 0], strict=True)]
-    else:
-        few = [np.arange(cosines.shape[1])] * len(cosines)
-    found = np.stack([one[np.argsort(-row[one], kind="stable")[:k]] for row, one in zip(cosines, few, strict=True)])
-    return np.take_along_axis(cosines, found, axis=1), found
+def _blocks(queries: np.ndarray, vectors: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of the queries, and their cosines with all vectors, at most BLOCK at a time."""
+    step = max(1, BLOCK // len(vectors))
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        yield rows, queries[rows] @ vectors.T
+
+
+def _finite(vectors: np.ndarray) -> None:
+    if not np.isfinite(vectors).all():
+        raise UserError("a vector is not finite: the encoder's weights are not; train with a lower rate")
+
+
+def _library(name: str, kind: Kind) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"index {kind}: {name} is not installed: add the extra [{kind}]") from error
+
+
+def _faiss(vectors: np.ndarray) -> Any:
+    faiss = _library("faiss", "faiss")
+    count, width = vectors.shape
+    index = faiss.IndexFlatIP(width)
+    if count >= 10_000:
+        lists = min(int(4 * count**0.5), count // 39)  # faiss wants 39 vectors or more for each
+        index = faiss.IndexIVFFlat(index, width, lists, faiss.METRIC_INNER_PRODUCT)
+        index.nprobe = lists // 8
+        index.train(vectors[np.random.default_rng(0).permutation(count)[: 64 * lists]])
+    index.add(vectors)
+    return index
+
+
+def _hnsw(vectors: np.ndarray) -> Any:
+    index = _library("hnswlib", "hnsw").Index(space="ip", dim=vectors.shape[1])
+    index.init_index(len(vectors), M=32, ef_construction=100, random_seed=0)
+    index.add_items(vectors, num_threads=1)  # the graph depends on the order in which threads come
+    return index
 
 
 def hard_negatives(
-    questions: np.ndarray, candidates: np.ndarray, answers: np.ndarray, kind: str, margin: float = 0.2, most: int = 50
-) -> list[np.ndarray]:
-    """Candidates that may be negatives of each question, by Euclidean distance d of unit vectors.
+    questions: np.ndarray, candidates: np.ndarray, answers: np.ndarray, kind: str, margin: float = 0.2, most: int = 50,
+    index: Kind = "exact",
+) -> list[np.ndarray]:  # fmt: skip
+    """Candidates that may be negatives of each question, by the distance d = √(2 − 2 cos) of unit vectors.
 
     Args:
         questions: [Q, d]. candidates: [N, d]. answers: the right candidate of each question [Q], -1: none.
-        kind: hard: d(n) < d(answer); semi-hard: d(answer) ≤ d(n) ≤ d(answer) + margin; easy: d(n) > d(answer) +
-            margin. Where there are none, the nearest (farthest, of easy) that are not the answer.
+        kind: random: all but the answer; hard: d(n) < d(answer); semi-hard: d(answer) ≤ d(n) ≤ d(answer) + margin;
+            easy: d(n) > d(answer) + margin. Where there are none, the nearest (of easy: the farthest) that is not the
+            answer.
         margin: see there. most: keep so many of the nearest, of hard and semi-hard.
+        index: other than exact, only the 1,000 nearest that it finds are looked at, but for easy.
 
     Returns:
-        Numbers of candidates, of each question one or more. A question without an answer gets all.
+        Numbers of candidates, one or more for each question, the nearest first. A question without an answer gets all.
+
+    Raises:
+        UserError: another kind, an answer that is no candidate, no candidate but the answer, or a vector not finite.
     """
-    if kind not in ("easy", "semi-hard", "hard"):
-        raise UserError(f"negative sampling {kind!r}: one of easy, semi-hard, hard")
+    if kind not in ("random", "easy", "semi-hard", "hard"):
+        raise UserError(f"negative sampling {kind!r}: one of random, easy, semi-hard, hard")
+    count = len(candidates)
+    if len(answers) and not -1 <= answers.min() <= answers.max() < count:
+        raise UserError(f"answers {answers.min()} to {answers.max()} of {count} candidates: give -1 to {count - 1}")
+    if count < 2:
+        raise UserError(f"{count} candidates: give two or more, an answer and a negative")
+    _finite(questions)
+    _finite(candidates)
     found = []
-    distances = np.sqrt(np.maximum(2 - 2 * questions @ candidates.T, 0))
-    for row, answer in zip(distances, answers, strict=True):
-        order = np.argsort(row, kind="stable")
-        if answer < 0:
-            found.append(order)
-            continue
-        order = order[order != answer]
-        near = row[answer]
-        if kind == "hard":
-            kept = order[row[order] < near][:most]
+    for answer, pool, cosines, right in _compared(questions, candidates, answers, "exact" if kind == "easy" else index):
+        order = np.argsort(-cosines, kind="stable")
+        order = order[pool[order] != answer]
+        pool, distances = pool[order], _distance(cosines[order])
+        bound = _distance(right)
+        if answer < 0 or kind == "random":
+            kept = pool
+        elif kind == "hard":
+            kept = pool[distances < bound][:most]
         elif kind == "semi-hard":
-            kept = order[(row[order] >= near) & (row[order] <= near + margin)][:most]
+            kept = pool[(distances >= bound) & (distances <= bound + margin)][:most]
         else:
-            kept = order[row[order] > near + margin]
+            kept = pool[distances > bound + margin]
         if not len(kept):
-            kept = order[-1:] if kind == "easy" else order[:1]
+            kept = pool[-1:] if kind == "easy" else pool[:1]
         found.append(kept)
     return found
+
+
+def _compared(
+    questions: np.ndarray, candidates: np.ndarray, answers: np.ndarray, index: Kind
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each question: its answer, the candidates looked at [P], their cosines [P], and the answer's []."""
+    if index == "exact":
+        every = np.arange(len(candidates))
+        for rows, cosines in _blocks(questions, candidates):
+            for answer, row in zip(answers[rows], cosines, strict=True):
+                yield answer, every, row, row[answer]
+        return
+    near = Index(candidates, index).search(questions, min(len(candidates), DEPTH))[1]
+    for question, answer, few in zip(questions, answers, near, strict=True):
+        yield answer, few, candidates[few] @ question, candidates[answer] @ question
+
+
+def _distance(cosines: np.ndarray) -> np.ndarray:
+    """Euclidean distance of unit vectors."""
+    return np.asarray(np.sqrt(np.maximum(2 - 2 * cosines, 0)))
+
+
+def neighbours(questions: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest others of each question by cosine, nearest first: [Q, d] -> [Q, k] int64.
+
+    Raises:
+        UserError: there are not k others.
+    """
+    count = len(questions)
+    if not 1 <= k < count:
+        raise UserError(f"k is {k}, but a question has {count - 1} others: give 1 to that many")
+    found = Index(questions).search(questions, k + 1)[1]
+    # a question itself is dropped; where its copies crowd it out, the last
+    itself = found == np.arange(count)[:, None]
+    itself[~itself.any(1), -1] = True
+    return np.asarray(found[~itself].reshape(count, k))

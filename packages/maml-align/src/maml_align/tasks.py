@@ -92,8 +92,12 @@ class MetaTaskSampler:
         assert isinstance(self.encoder, DualEncoder)
         part = self.query if is_query else self.support
         if self.kind == "pairs":
-            first = [self._pair_ids(part, one.query, two, 0)[row] for two, row in zip(one.languages, one.rows, strict=True)]
-            second = [self._pair_ids(part, one.query, two, 1)[row] for two, row in zip(one.languages, one.rows, strict=True)]
+            first = [
+                self._pair_ids(part, one.query, two, 0)[row] for two, row in zip(one.languages, one.rows, strict=True)
+            ]
+            second = [
+                self._pair_ids(part, one.query, two, 1)[row] for two, row in zip(one.languages, one.rows, strict=True)
+            ]
             scores = [part.pairs(one.query, two)[2][row] for two, row in zip(one.languages, one.rows, strict=True)]
             return {
                 "tokens": self.encoder.pad([*first, *second]),
@@ -235,7 +239,10 @@ class MetaTaskSampler:
             among = min(SIMILAR + 1, len(self.support.ids))
             found = index.search(self._encoded("questions", support.query), among)[1]
             self._near[support.query, query] = np.stack(
-                [np.append(row, i)[np.argsort(np.append(row, i) != i, kind="stable")][:among] for i, row in enumerate(found)]
+                [
+                    np.append(row, i)[np.argsort(np.append(row, i) != i, kind="stable")][:among]
+                    for i, row in enumerate(found)
+                ]
             )
         return np.unique(self._near[support.query, query][support.rows])
 

@@ -210,7 +210,9 @@ class MetaLearner:
         with self.accelerator.autocast():
             if not self.encoder.vectorises:
                 rows = None if used[0] is None else used[0].to(device)
-                given = {name: value[rows] if rows is not None and name in cut else value for name, value in theta.items()}
+                given = {
+                    name: value[rows] if rows is not None and name in cut else value for name, value in theta.items()
+                }
                 return objective(given, _to(list(tasks[0]), device)), rows
             sets = _to([stack(of) for of in zip(*tasks, strict=True)], device)
             if not cut:
