@@ -1,4 +1,4 @@
-"""Nearest neighbours of unit vectors: exact, by faiss or by hnswlib; negatives and similar questions found with it."""
+"""Nearest neighbours of unit vectors: exact or by faiss; negatives and similar questions found with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Index:
     Args:
         vectors: [N, d] float32.
         kind: exact; faiss (all compared below 10,000 vectors; from there on inverted lists, an eighth of which is
-            looked at); hnsw (hnswlib's graph). The last two are approximate, and the same each time.
+            looked at); hnsw (faiss's graph). The last two are approximate, and the same each time.
 
     Raises:
         UserError: no vectors, one that is not finite, another kind, or a library that is not installed.
@@ -35,7 +35,7 @@ class Index:
             raise UserError(f"an index of vectors of shape {vectors.shape}: give [N, d] with N of 1 or more")
         self.vectors, self.kind = np.ascontiguousarray(vectors, dtype=np.float32), kind
         _finite(self.vectors)
-        self._index: Any = None if kind == "exact" else _faiss(self.vectors) if kind == "faiss" else _hnsw(self.vectors)
+        self._index: Any = None if kind == "exact" else _faiss(self.vectors, kind)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines [Q, k] float32 and numbers [Q, k] int64 of the k nearest to each of the queries [Q, d], best first.
@@ -52,19 +52,14 @@ class Index:
             )
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         _finite(queries)
-        if self.kind == "faiss":
+        if self._index is not None:
+            if self.kind == "hnsw":
+                self._index.hnsw.efSearch = max(128, 2 * k)
             scores, found = self._index.search(queries, k)
-            short = (found < 0).any(1)  # the lists looked at hold fewer than k
+            short = (found < 0).any(1)  # what was looked at holds fewer than k
             if short.any():
                 scores[short], found[short] = self._exact(queries[short], k)
             return scores, found.astype(np.int64)
-        if self.kind == "hnsw":
-            self._index.set_ef(max(128, 2 * k))
-            try:
-                found, distances = self._index.knn_query(queries, k)
-            except RuntimeError:  # the graph reaches fewer than k from some query
-                return self._exact(queries, k)
-            return 1 - distances, found.astype(np.int64)
         return self._exact(queries, k)
 
     def _exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,16 +84,22 @@ def _finite(vectors: np.ndarray) -> None:
         raise UserError("a vector is not finite: the encoder's weights are not; train with a lower rate")
 
 
-def _library(name: str, kind: Kind) -> Any:
+def _faiss(vectors: np.ndarray, kind: Kind) -> Any:
     try:
-        return importlib.import_module(name)
+        faiss = importlib.import_module("faiss")
     except ImportError as error:
-        raise UserError(f"index {kind}: {name} is not installed: add the extra [{kind}]") from error
-
-
-def _faiss(vectors: np.ndarray) -> Any:
-    faiss = _library("faiss", "faiss")
+        raise UserError(f"index {kind}: faiss is not installed: add the extra [faiss]") from error
     count, width = vectors.shape
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = 80
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # the order of insertion decides on the graph
+        try:
+            index.add(vectors)
+        finally:
+            faiss.omp_set_num_threads(threads)
+        return index
     index = faiss.IndexFlatIP(width)
     if count >= 10_000:
         lists = min(int(4 * count**0.5), count // 39)  # faiss wants 39 vectors or more for each
@@ -106,13 +107,6 @@ def _faiss(vectors: np.ndarray) -> Any:
         index.nprobe = lists // 8
         index.train(vectors[np.random.default_rng(0).permutation(count)[: 64 * lists]])
     index.add(vectors)
-    return index
-
-
-def _hnsw(vectors: np.ndarray) -> Any:
-    index = _library("hnswlib", "hnsw").Index(space="ip", dim=vectors.shape[1])
-    index.init_index(len(vectors), M=32, ef_construction=100, random_seed=0)
-    index.add_items(vectors, num_threads=1)  # the graph depends on the order in which threads come
     return index
 
 
