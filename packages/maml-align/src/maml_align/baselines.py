@@ -23,7 +23,7 @@ def maml(loss: inner.Loss, theta: Params, sets: Any, loop: Inner) -> TaskGradien
 
 
 def reptile(loss: inner.Loss, theta: Params, sets: Any, loop: Inner) -> TaskGradients:
-    """(θ − φ) / α after U steps, on the task's sets in turn (Nichol et al. 2018); one step on one set is SGD's ∇ℓ(θ)."""
+    """(θ − φ) / α after U steps, on the task's sets in turn (Nichol et al. 2018); one step on one set: SGD's ∇ℓ(θ)."""
     batches = [sets[step % len(sets)] for step in range(loop.steps)]
     adapted = inner.adapt(loss, theta, batches, loop.rate, first_order=True, functional=loop.functional)
     pull = {name: (theta[name] - adapted.params[name]).detach() / loop.rate for name in theta}

@@ -192,8 +192,8 @@ def load_stsb_multi(folder: Path | str, languages: Sequence[str], split: str) ->
     for language in languages[1:]:
         if len(read[language][2]) != len(read[first][2]) or not np.array_equal(read[language][2], read[first][2]):
             raise UserError(
-                f"{folder}: stsb-{language}-{split}.csv and stsb-{first}-{split}.csv differ in rows or scores: they are "
-                "to be translations of each other, row by row"
+                f"{folder}: stsb-{language}-{split}.csv and stsb-{first}-{split}.csv differ in rows or scores: they "
+                "are to be translations of each other, row by row"
             )
     return Pairs(tuple(languages), {(one, one): read[one] for one in languages}, aligned=True)
 
@@ -458,7 +458,8 @@ def _own_pairs(path: Path, rows: Sequence[tuple[str, Any]], config: Config, lang
 def _own_questions(path: Path, rows: Sequence[tuple[str, Any]], config: Config, languages: Sequence[str]) -> Data:
     read = [
         (
-            _filled(row["id"], where, "id"), (row["language"] or "").strip(), _filled(row["question"], where, "question"),
+            _filled(row["id"], where, "id"), (row["language"] or "").strip(),
+            _filled(row["question"], where, "question"),
             _filled(row["answer"], where, "answer"), (row.get("context") or "").strip(), where,
         )
         for where, row in rows

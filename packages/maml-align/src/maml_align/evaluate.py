@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,7 +117,7 @@ def evaluate_sts(
 
 
 def summarise(matrix: Matrix, seen: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
-    """Means over pairs of languages: mono_seen, cross_seen, mono_unseen, cross_unseen, those that there are, and gap."""
+    """Means over pairs of languages: mono_seen, cross_seen, mono_unseen, cross_unseen, where there are any; gap."""
     groups: dict[str, list[float]] = {}
     for (one, other), value in matrix.items():
         kind = "mono" if one == other else "cross"

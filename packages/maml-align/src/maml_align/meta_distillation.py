@@ -3,7 +3,7 @@
 For a task τ with sets S_mono, Q_bi, Q_multi, teacher and student being the same θ in two inner loops:
 
     φ_T = θ after U steps on S_mono          L_T = ℓ(φ_T; Q_bi)
-    φ_S = θ after U_S steps on Q_bi          L_S = ℓ(θ; Q_bi)        (the student's support set is the teacher's query set)
+    φ_S = θ after U_S steps on Q_bi          L_S = ℓ(θ; Q_bi)        (the student's support is the teacher's query)
     L = Σ_τ [ℓ(φ_T; Q_bi) + ℓ(φ_S; Q_multi)] / 2n + λ (Σ_τ L_T − Σ_τ L_S)²
 
 (Section 3 and the diagram "T-MAML2T-MAML" of the official repository.) The alignment couples the tasks of a batch, so a

@@ -1,4 +1,4 @@
-"""The dual encoder h(s) = mean-pool(transformer(s)) / ‖·‖, shared by queries and candidates, as a function of weights."""
+"""The dual encoder h(s) = mean-pool(transformer(s)) / ‖·‖, for queries and candidates, as a function of weights."""
 
 from __future__ import annotations
 

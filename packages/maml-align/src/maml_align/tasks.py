@@ -277,8 +277,8 @@ class MetaTaskSampler:
     def _check_questions(self, query: str, candidates: tuple[str, ...], wanted: int) -> None:
         if (held := len(self.eligible(query, candidates))) < wanted:
             raise UserError(
-                f"{held} questions in {query} with answers in {', '.join(candidates)}, but a task takes {wanted}: lower "
-                "--shots or --queries, or give more data"
+                f"{held} questions in {query} with answers in {', '.join(candidates)}, but a task takes {wanted}: "
+                "lower --shots or --queries, or give more data"
             )
         for language in candidates:
             if (count := len(self.support.sentences[language])) <= self.config.negatives:

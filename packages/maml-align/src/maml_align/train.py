@@ -90,7 +90,9 @@ class MetaLearner:
             return None
         mode = "BIL_MULTI" if config.mode == "TRANS" else config.mode
         return MetaTaskSampler(
-            replace(config, mode=mode, tuples=() if mode != config.mode else config.tuples, task_batch=VALIDATION_TASKS),
+            replace(
+                config, mode=mode, tuples=() if mode != config.mode else config.tuples, task_batch=VALIDATION_TASKS
+            ),
             self.source, self.encoder, dev=True,
         )  # fmt: skip
 
