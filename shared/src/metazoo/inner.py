@@ -13,11 +13,13 @@ below ``torch.func.vmap`` and ``torch.func.grad``: the choice for small models, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.utils._pytree import tree_map_only
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params, Any], Tensor]
@@ -44,7 +46,14 @@ def parameters(module: nn.Module) -> Params:
 
 
 def call(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
-    """The module's output with ``params`` in place of its parameters of these names; others and buffers are its own."""
+    """The module's output with ``params`` in place of its parameters of these names; others and buffers are its own.
+
+    Raises:
+        ValueError: a name that the module does not have: its own parameter would be used, and nothing adapted.
+    """
+    unknown = params.keys() - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if unknown and (unknown := unknown - {name for name, _ in module.named_buffers(remove_duplicate=False)}):
+        raise ValueError(f"{type(module).__name__} has no parameter {min(unknown)!r}: give names of named_parameters()")
     return functional_call(module, params, args, kwargs)
 
 
@@ -62,24 +71,27 @@ def gradient(
         params: where; parameters that the value does not depend on have gradient zero.
         functional: by torch.func, as under vmap; else by torch.autograd.
         create_graph: the gradient can be differentiated again. (By torch.func it always can.)
+
+    Raises:
+        ValueError: below a transform of torch.func without ``functional=True``.
     """
     if functional:
         grads, (value, extra) = grad_and_value(function, has_aux=True)(params)
         return grads, value, extra
-    if create_graph:  # what is differentiable already stays connected
-        leaves = {name: value if value.requires_grad else _leaf(value) for name, value in params.items()}
-    else:
-        leaves = {name: _leaf(value) for name, value in params.items()}
+    _above_transforms()
     with torch.enable_grad():
-        value, extra = function(leaves)
-        if not value.requires_grad:  # depends on none of them
-            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}, value, extra
-        found = torch.autograd.grad(value, list(leaves.values()), create_graph=create_graph, allow_unused=True)
+        views = {name: _own(tensor, create_graph) for name, tensor in params.items()}
+        value, extra = function(views)
+        found: Sequence[Tensor | None] = [None] * len(views)
+        if views and value.requires_grad:  # depends on something
+            found = torch.autograd.grad(value, list(views.values()), create_graph=create_graph, allow_unused=True)
     grads = {
-        name: torch.zeros_like(leaf) if one is None else one
-        for (name, leaf), one in zip(leaves.items(), found, strict=True)
+        name: torch.zeros_like(view) if one is None else one
+        for (name, view), one in zip(views.items(), found, strict=True)
     }
-    return grads, value if create_graph else value.detach(), extra
+    if not create_graph:
+        value, extra = value.detach(), tree_map_only(Tensor, Tensor.detach, extra)
+    return grads, value, extra
 
 
 def adapt(
@@ -102,11 +114,15 @@ def adapt(
             those without a rate are not adapted. Tensors that require a gradient get one (Meta-SGD).
         first_order: the inner gradient is a constant to the outer one, so that dL/dθ = ∇L(φ_U) (FOMAML).
         checkpoint: second order in the memory of one step: steps are computed again in the backward pass. Gradients
-            reach params and rates only, not tensors that ``loss`` takes from elsewhere.
+            reach params and rates only, not batches or tensors that ``loss`` takes from elsewhere.
         functional: below torch.func.vmap or torch.func.grad.
 
+    Second order keeps its graph, as ``loss`` may hold more that wants a gradient; under ``torch.no_grad()``, as for
+    evaluation, it keeps none.
+
     Raises:
-        ValueError: checkpoint together with functional or first_order, or a rate for a name that is no parameter.
+        ValueError: checkpoint together with functional or first_order, a rate for a name that is no parameter, or
+            below a transform of torch.func without ``functional``.
     """
     if checkpoint and (functional or first_order):
         raise ValueError("checkpoint=True is for second order without functional=True: leave one of them out")
@@ -122,7 +138,11 @@ def adapt(
         losses.append(value.detach())
         if number == 0:
             first = {name: value.detach() for name, value in grads.items()}
-    return Adapted(current, torch.stack(losses) if losses else torch.zeros(0), first)
+        del grads  # as large as the parameters: not to be there in the next step
+    if not losses:
+        device = next((value.device for value in params.values()), None)
+        return Adapted(current, torch.zeros(0, device=device), first)
+    return Adapted(current, torch.stack(losses), first)
 
 
 def _step(
@@ -138,53 +158,82 @@ def _step(
     def of(some: Params) -> tuple[Tensor, tuple[()]]:
         return loss({**still, **some}, batch), ()
 
-    grads, value, _ = gradient(of, moving, functional=functional, create_graph=not first_order)
+    again = not first_order and torch.is_grad_enabled()
+    grads, value, _ = gradient(of, moving, functional=functional, create_graph=again)
+    if first_order:  # by torch.func it depends on what else the loss holds
+        grads = {name: one.detach() for name, one in grads.items()}
     stepped = {name: params[name] - rates[name] * grads[name] for name in rates}
     return {**params, **stepped}, value, grads
 
 
 class _Checkpointed(torch.autograd.Function):
-    """A step that keeps its inputs only, and is computed again for its gradient."""
+    """A step that keeps its inputs only, and is computed again for its gradient: of its first ``moved`` outputs."""
 
     @staticmethod
-    def forward(ctx: Any, step: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.step = step
+    def forward(ctx: Any, step: Any, moved: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.step, ctx.moved = step, moved
+        ctx.autocast = [
+            {
+                "device_type": device,
+                "enabled": torch.is_autocast_enabled(device),
+                "dtype": torch.get_autocast_dtype(device),
+                "cache_enabled": torch.is_autocast_cache_enabled(),
+            }
+            for device in sorted({"cpu", *(tensor.device.type for tensor in tensors)})
+            if torch.amp.is_autocast_available(device)
+        ]
         ctx.save_for_backward(*tensors)
-        with torch.no_grad():
-            return tuple(step([tensor.detach() for tensor in tensors], keep=False))
+        ctx.set_materialize_grads(False)
+        outputs: tuple[Tensor, ...] = step([tensor.detach() for tensor in tensors])
+        ctx.mark_non_differentiable(*outputs[moved:])
+        return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        leaves = [_leaf(tensor) for tensor in ctx.saved_tensors]
-        with torch.enable_grad():
-            outputs = ctx.step(leaves, keep=True)
-            pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
-            found = torch.autograd.grad(
-                [out for out, _ in pairs], leaves, [cotangent for _, cotangent in pairs], allow_unused=True
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        again = torch.is_grad_enabled()  # this gradient will be differentiated, too
+        needed = ctx.needs_input_grad[2:]
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for state in ctx.autocast:
+                stack.enter_context(torch.autocast(**state))
+            inputs = [
+                _own(tensor, again) if wanted else tensor
+                for tensor, wanted in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            outputs = ctx.step(inputs)
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(outputs[: ctx.moved], cotangents[: ctx.moved], strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                [tensor for tensor, wanted in zip(inputs, needed, strict=True) if wanted],
+                [cotangent for _, cotangent in pairs],
+                create_graph=again,
+                allow_unused=True,
             )
-        return (None, *found)
+        )
+        return (None, None, *(next(found) if wanted else None for wanted in needed))
 
 
 def _checkpointed(loss: Loss, params: Params, batch: Any, rates: Mapping[str, Any]) -> tuple[Params, Tensor, Params]:
-    names, learned = list(params), [name for name, rate in rates.items() if isinstance(rate, Tensor)]
-    shared = learned and all(rates[name] is rates[learned[0]] for name in learned)  # one tensor for all
-    if shared:
-        learned = learned[:1]
-    seen: list[tuple[Tensor, Params]] = []
+    names = list(params)
+    _above_transforms()
+    learned = {id(rate): rate for rate in rates.values() if isinstance(rate, Tensor)}  # one tensor for all is one
 
-    def step(tensors: Sequence[Tensor], keep: bool) -> list[Tensor]:
+    def step(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors[: len(names)], strict=True))
         found = dict(zip(learned, tensors[len(names) :], strict=True))
-        by_name = {name: found.get(learned[0] if shared else name, rate) for name, rate in rates.items()}
-        stepped, value, grads = _step(loss, given, batch, by_name, not keep, False)
-        if not keep:
-            seen.append((value, grads))
-        return [stepped[name] for name in names]
+        by_name = {name: found.get(id(rate), rate) for name, rate in rates.items()}
+        stepped, value, grads = _step(loss, given, batch, by_name, False, False)
+        return (*(stepped[name] for name in rates), value.detach(), *(one.detach() for one in grads.values()))
 
-    stepped = _Checkpointed.apply(step, *params.values(), *(rates[name] for name in learned))
-    value, grads = seen[0]
-    return dict(zip(names, stepped, strict=True)), value, grads
+    apply: Callable[..., tuple[Tensor, ...]] = _Checkpointed.apply
+    outputs = apply(step, len(rates), *params.values(), *learned.values())
+    stepped = dict(zip(rates, outputs, strict=False))
+    return {**params, **stepped}, outputs[len(rates)], dict(zip(rates, outputs[len(rates) + 1 :], strict=True))
 
 
 def over_tasks(function: Callable[..., Any], in_dims: Any, *args: Any, chunk: int | None = None) -> Any:
@@ -204,5 +253,17 @@ def distance(one: Params, other: Params) -> Tensor:
     return torch.stack(squares).sum().sqrt()
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
+def _above_transforms() -> None:
+    """Below vmap, torch.autograd may take what it should differentiate for constants."""
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError("functional=False below a transform of torch.func: give functional=True")
+
+
+def _own(tensor: Tensor, connected: bool) -> Tensor:
+    """A view to differentiate by, connected to what the tensor was computed from or not.
+
+    Not the tensor itself: it may have two names, or another may be computed from it, and these would share in its
+    gradient; and autocast would keep its cast, and by that the graph, as it does of leaves.
+    """
+    leaf = tensor if connected and tensor.requires_grad else tensor.detach().requires_grad_()
+    return leaf.view_as(leaf)

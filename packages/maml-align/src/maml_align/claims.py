@@ -102,11 +102,11 @@ _DOSES["kd-50-detached"] = replace(_DOSES["kd-50"], detach_teacher=True)
 
 _GAIN = ("zero-shot", "t-maml", "maml-align")
 _ALL = ("zero-shot", "t-maml", "s-maml", "maml-align", "fine-tune", "fine-tune-all", "as-coded", "second-order")
-_RETRIEVAL = _ALL[:-2]
+_RETRIEVAL = ("zero-shot", "t-maml", "maml-align", "fine-tune", "fine-tune-all")
 _MINI = ("zero-shot", "t-maml", "maml-align", "fine-tune")
 _TRIALS = {
     "stsb": {"t-maml": 10, "s-maml": 9, "maml-align": 13, "fine-tune": 10, "fine-tune-all": 10, "second-order": 1},
-    "xquad-r": {"t-maml": 4, "s-maml": 4, "maml-align": 7, "fine-tune": 4, "fine-tune-all": 5},
+    "xquad-r": {"t-maml": 4, "maml-align": 7, "fine-tune": 4, "fine-tune-all": 5},
     "minilm": {"t-maml": 3, "maml-align": 3, "fine-tune": 3},
     "rotations": {"kd-0": 5, "kd-0.5": 1, "kd-5": 1, "kd-50": 1, "kd-50-detached": 1},
 }

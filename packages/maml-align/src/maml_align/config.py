@@ -285,7 +285,7 @@ _PAPER = Config(
 _STATIC = Config(inner_steps=3, inner_lr=1.0)
 
 PRESETS: dict[str, Config] = {
-    "small": replace(_STATIC, context=False, steps=300),
+    "small": replace(_STATIC, context=False, width=128, steps=100, outer_lr=1e-2),
     "paper": _PAPER,
     "paper-stsb": replace(
         _PAPER, dataset="stsb", languages=("de", "en", "es", "fr"), unseen=("it", "nl", "pt"), tuples=(), shots=8,

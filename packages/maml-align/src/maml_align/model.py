@@ -292,6 +292,7 @@ def static(config: Config, texts: Iterable[str]) -> DualEncoder:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     tokenizer = train_tokenizer(texts, config.vocabulary)
+    tokenizer.enable_truncation(max(config.max_query_length, config.max_answer_length))  # in searching as in training
     generator = torch.Generator().manual_seed(config.seed)
     weights = torch.randn(tokenizer.get_vocab_size(), config.width, generator=generator) / config.width**0.5
     return DualEncoder(

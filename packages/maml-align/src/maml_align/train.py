@@ -309,6 +309,9 @@ def train_on(config: Config, load_data: Callable[[Config], Data], options: RunOp
         )
     accelerator = loop.prepare(options, seed=config.seed, precision=config.precision)
     main = accelerator.is_main_process
+    if main and (options.output_dir / "config.json").exists():
+        # what would refuse the folder is said now, before data and model are loaded
+        runfolder.RunFolder(options.output_dir, config, resume=options.resume).close()
     learner = MetaLearner(config, load_data(config), accelerator)
     folder = runfolder.RunFolder(options.output_dir, config, resume=options.resume, main=main)
     try:
