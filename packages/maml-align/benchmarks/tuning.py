@@ -27,12 +27,12 @@ SEED = 100
 META = {
     "stsb": [(a, b) for a in (0.3, 1.0, 3.0) for b in (1e-2, 3e-2, 1e-1)],
     "xquad-r": [(a, b) for a in (1.0, 3.0) for b in (1e-2, 3e-2)],
-    "minilm": [(0.1, b) for b in (3e-5, 1e-4, 3e-4)],
+    "minilm": [(0.1, b) for b in (1e-4, 3e-4)],
 }
 FINE = {
     "stsb": (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1),
     "xquad-r": (3e-3, 1e-2, 3e-2, 1e-1),
-    "minilm": (3e-5, 1e-4, 3e-4),
+    "minilm": (1e-4, 3e-4),
 }
 ARMS = ("t-maml", "s-maml", "maml-align", "fine-tune", "fine-tune-all")
 SKIPPED = {"minilm": ("s-maml", "fine-tune-all"), "xquad-r": ("s-maml",)}
