@@ -91,7 +91,11 @@ def _only(arms: Mapping[str, Config], *names: str) -> dict[str, Config]:
 
 
 # Rates: benchmarks/tuning.py.
-_STS_ARMS, _PAPER_STS_ARMS = arms_of(PRESETS["stsb"]), arms_of(_PAPER_STS)
+_STS_ARMS = arms_of(
+    PRESETS["stsb"], t_maml=(1.0, 1e-2), s_maml=(1.0, 3e-2), maml_align=(1.0, 3e-2), fine_tune=(1.0, 2e-2),
+    fine_tune_all=(1.0, 2e-2),
+)  # fmt: skip
+_PAPER_STS_ARMS = arms_of(_PAPER_STS)
 _XQUAD_ARMS, _PAPER_XQUAD_ARMS = arms_of(PRESETS["xquad-r"]), arms_of(_PAPER)
 _MINI_ARMS = arms_of(PRESETS["minilm"])
 
@@ -105,7 +109,7 @@ _ALL = ("zero-shot", "t-maml", "s-maml", "maml-align", "fine-tune", "fine-tune-a
 _RETRIEVAL = ("zero-shot", "t-maml", "maml-align", "fine-tune", "fine-tune-all")
 _MINI = ("zero-shot", "t-maml", "maml-align", "fine-tune")
 _TRIALS = {
-    "stsb": {"t-maml": 10, "s-maml": 9, "maml-align": 13, "fine-tune": 10, "fine-tune-all": 10, "second-order": 1},
+    "stsb": {"t-maml": 13, "s-maml": 9, "maml-align": 13, "fine-tune": 10, "fine-tune-all": 10, "second-order": 1},
     "xquad-r": {"t-maml": 4, "maml-align": 7, "fine-tune": 4, "fine-tune-all": 5},
     "minilm": {"t-maml": 3, "maml-align": 3, "fine-tune": 3},
     "rotations": {"kd-0": 5, "kd-0.5": 1, "kd-5": 1, "kd-50": 1, "kd-50-detached": 1},

@@ -293,7 +293,7 @@ PRESETS: dict[str, Config] = {
     ),
     "stsb": replace(
         _STATIC, dataset="stsb", languages=("de", "en", "es", "fr"), unseen=("it", "nl", "pt"), shots=16, queries=16,
-        outer_lr=1e-2,
+        outer_lr=3e-2,
     ),
     "xquad-r": replace(_STATIC, unseen=(), vocabulary=16384, width=128, steps=120, outer_lr=1e-2),
     "minilm": replace(
