@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from joblib import Parallel, delayed
-from metazoo.options import RunOptions
-
 from maml_align import evaluate
 from maml_align.claims import arms_of
 from maml_align.config import PRESETS, Config
 from maml_align.train import train
+from metazoo.options import RunOptions
 
 SEED = 100
 META = {

@@ -97,7 +97,7 @@ def test_wrong_input_of_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
         Index(at(0), "annoy")  # type: ignore[arg-type]
     for kind, library in (("faiss", "faiss"), ("hnsw", "faiss")):
         monkeypatch.setitem(sys.modules, library, None)
-        with pytest.raises(UserError, match=rf"not installed: add the extra \[faiss\]"):
+        with pytest.raises(UserError, match=r"not installed: add the extra \[faiss\]"):
             Index(at(0), kind)  # type: ignore[arg-type]
 
 
