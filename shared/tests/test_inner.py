@@ -169,6 +169,8 @@ def test_no_batches(way: dict[str, bool]) -> None:
     assert all(found.params[name] is theta[name] for name in theta)
     assert found.losses.shape == (0,)
     assert found.gradient == {}
+    elsewhere = {name: value.to("meta") for name, value in theta.items()}
+    assert inner.adapt(loss, elsewhere, [], 0.1, **way).losses.device.type == "meta"  # where the parameters are
 
 
 # ---- finite differences, and others' gradients
@@ -457,6 +459,21 @@ def test_checkpoint_is_differentiated_again() -> None:
         assert all(grad.abs().max() > 0 for grad in found[0])
 
 
+@ways
+def test_some_parameters_are_constants(way: dict[str, bool]) -> None:
+    """a² b + 3c at (1, 1, 1): a moves by −0.2, b by −0.1, c by −0.3, whose slopes in a are −0.2, −0.2 and 0."""
+    start, constant, other = torch.tensor(1.0, requires_grad=True), torch.tensor(1.0), torch.tensor(1.0)
+
+    def of(params: inner.Params, _: Any) -> Tensor:
+        return params["a"].square() * params["b"] + 3 * params["c"]
+
+    found = inner.adapt(of, {"a": start, "b": constant, "c": other}, [0], 0.1, **way).params
+    assert [round(value.item(), 12) for value in found.values()] == [0.8, 0.9, 0.7]
+    total = torch.stack([*found.values(), start])
+    slopes = [torch.autograd.grad(total[i], start, retain_graph=True)[0].item() for i in range(3)]
+    assert slopes == [pytest.approx(0.8), pytest.approx(-0.2), 0.0]
+
+
 @pytest.mark.parametrize("other", ["functional", "first_order"])
 def test_checkpoint_alone(other: str) -> None:
     with pytest.raises(ValueError, match="checkpoint=True is for second order without functional=True"):
@@ -690,6 +707,7 @@ def test_module_is_left_as_it_was(way: dict[str, bool]) -> None:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     theta = inner.parameters(module)
     assert "2.weight" not in theta
+    assert inner.call(module, {"2.weight": theta["0.weight"]}, torch.zeros(1, 2)).shape == (1, 1)
     (batch,) = batches_of(1)
     found = inner.adapt(module_loss(module), theta, [batch], 0.1, **way)
     value = (module(batch[0]) - batch[1]).square().mean()

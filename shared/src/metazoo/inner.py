@@ -219,8 +219,8 @@ class _Checkpointed(torch.autograd.Function):
 
 
 def _checkpointed(loss: Loss, params: Params, batch: Any, rates: Mapping[str, Any]) -> tuple[Params, Tensor, Params]:
-    names = list(params)
     _above_transforms()
+    names = list(params)
     learned = {id(rate): rate for rate in rates.values() if isinstance(rate, Tensor)}  # one tensor for all is one
 
     def step(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
