@@ -110,8 +110,8 @@ _RETRIEVAL = ("zero-shot", "t-maml", "maml-align", "fine-tune", "fine-tune-all")
 _MINI = ("zero-shot", "t-maml", "maml-align", "fine-tune")
 _TRIALS = {
     "stsb": {"t-maml": 13, "s-maml": 9, "maml-align": 13, "fine-tune": 10, "fine-tune-all": 10, "second-order": 1},
-    "xquad-r": {"t-maml": 4, "maml-align": 7, "fine-tune": 4, "fine-tune-all": 5},
-    "minilm": {"t-maml": 3, "maml-align": 3, "fine-tune": 3},
+    "xquad-r": {"t-maml": 6, "maml-align": 9, "fine-tune": 6, "fine-tune-all": 7},
+    "minilm": {"t-maml": 4, "maml-align": 2, "fine-tune": 2},
     "rotations": {"kd-0": 5, "kd-0.5": 1, "kd-5": 1, "kd-50": 1, "kd-50-detached": 1},
 }
 _ALSO_STS = ("mono_seen", "cross_unseen", "mono_unseen", "gap", "spearman_cross_seen")

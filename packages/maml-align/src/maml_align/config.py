@@ -295,7 +295,7 @@ PRESETS: dict[str, Config] = {
         _STATIC, dataset="stsb", languages=("de", "en", "es", "fr"), unseen=("it", "nl", "pt"), shots=16, queries=16,
         outer_lr=3e-2,
     ),
-    "xquad-r": replace(_STATIC, unseen=(), vocabulary=16384, width=128, steps=120, outer_lr=1e-2),
+    "xquad-r": replace(_STATIC, unseen=(), vocabulary=16384, width=128, steps=120),
     "minilm": replace(
         _STATIC, dataset="stsb", model="minilm", languages=("de", "en", "es", "fr"), unseen=("it", "nl", "pt"),
         shots=8, queries=8, task_batch=2, inner_steps=1, inner_lr=0.1, steps=20, outer_lr=1e-4, max_query_length=40,
