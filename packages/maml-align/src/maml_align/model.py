@@ -78,9 +78,13 @@ class DualEncoder(nn.Module):
         try:
             with quiet():
                 backbone = sentence_transformers.SentenceTransformer(
-                    str(name), device="cpu", trust_remote_code=False, model_kwargs={"attn_implementation": attention}
-                )
-            return cls(backbone)
+                    str(name), device="cpu", trust_remote_code=False,
+                    # sdpa is the default of networks that have it; asked for, others (MPNet) are refused
+                    model_kwargs={} if attention == "sdpa" else {"attn_implementation": attention},
+                )  # fmt: skip
+            if lost := _not_loaded(backbone):
+                raise ValueError(f"its files have no weights for {lost}")
+            return cls(backbone.float())  # weights in half precision cannot take small steps
         except Exception as error:  # whatever the hub, its cache, transformers and safetensors raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -104,7 +108,8 @@ class DualEncoder(nn.Module):
         modules = list(self.backbone)
         if isinstance(modules[-1], Normalize):
             return self.backbone
-        return SentenceTransformer(modules=[*modules, Normalize()], device=str(self.backbone.device))
+        kept = {name: getattr(self.backbone, name) for name in ("prompts", "default_prompt_name", "similarity_fn_name")}
+        return SentenceTransformer(modules=[*modules, Normalize()], device=str(self.backbone.device), **kept)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64, role: str | None = None) -> np.ndarray:
         """Unit vectors of texts, [N, d] float32, by sentence-transformers' own ``encode``.
@@ -120,6 +125,8 @@ class DualEncoder(nn.Module):
         for i, text in enumerate(texts):
             if not text.strip():
                 raise UserError(f"text {i} is empty: give a sentence")
+        if not len(texts):
+            return np.zeros((0, self.dimension), dtype=np.float32)
         vectors: np.ndarray = self.backbone.encode(
             list(texts), prompt=self._prompt(role), batch_size=batch_size, normalize_embeddings=True,
             show_progress_bar=False, convert_to_numpy=True,
@@ -128,7 +135,9 @@ class DualEncoder(nn.Module):
 
     def _prompt(self, role: str | None) -> str | None:
         prompts = self.backbone.prompts or {}
-        return prompts.get(role) or (prompts.get("passage") if role == "document" else None) or None
+        if role is None:
+            return prompts.get(self.backbone.default_prompt_name) or None
+        return prompts.get(role) or (prompts.get("passage") if role == "document" else None) or ""
 
     def token_ids(self, texts: Sequence[str], most: int, role: str | None = None) -> list[np.ndarray]:
         """Ids of the tokens of each text, with special tokens, the first ``most``; int64 arrays of their own lengths.
@@ -156,7 +165,8 @@ class DualEncoder(nn.Module):
         """Share of unknown tokens among those that are not special, 0 to 1."""
         if self.vectorises:
             tokenizer = self.backbone[0].tokenizer
-            unknown, special = tokenizer.token_to_id("[UNK]") or tokenizer.token_to_id("<unk>"), set()
+            held = [tokenizer.token_to_id(name) for name in ("[UNK]", "<unk>")]
+            unknown, special = next((one for one in held if one is not None), None), set()
         else:
             unknown = self.backbone.tokenizer.unk_token_id
             special = set(self.backbone.tokenizer.all_special_ids) - {unknown}
@@ -273,17 +283,34 @@ def minilm() -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A WordPiece tokenizer on lower-case text; Thai, Chinese and Japanese come apart into sub-words, too."""
+    """A WordPiece tokenizer on lower-case text; Thai, Chinese and Japanese come apart into sub-words, too.
+
+    The same at each call: the trainer numbers ##characters in the order of a hash table, and decides ties by number, so
+    it gets all characters in order.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=200))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+
+    def made(vocab: dict[str, int] | None = None) -> Any:
+        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
+    given, tokenizer = list(texts), made()
+    clean = (tokenizer.normalizer.normalize_str(text) for text in given)
+    words = {word for text in clean for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+    characters = sorted({one for word in words for one in word})
+    inside = sorted({f"##{one}" for word in words for one in word[1:]})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=[*special, *characters, *inside], show_progress=False
+    )
+    tokenizer.train_from_iterator(given, trainer)
+    found = made(tokenizer.get_vocab())  # in which a character is no special token
+    found.add_special_tokens(special)
+    return found
 
 
 def static(config: Config, texts: Iterable[str]) -> DualEncoder:
@@ -359,6 +386,21 @@ class LinearEncoder(nn.Module):
 Encoder = DualEncoder | LinearEncoder
 
 
+def _not_loaded(backbone: Any) -> str | None:
+    """A parameter that the model's files do not have: transformers draws it at random, and says so in a log only.
+
+    Poolers, which no sentence vector comes from, are often left out.
+    """
+
+    def marked(one: Any) -> bool:
+        return bool(getattr(one, "_is_hf_initialized", False))
+
+    if not any(marked(module) for module in backbone[0].modules()):  # not by transformers
+        return None
+    lost = (name for name, value in backbone[0].named_parameters() if not marked(value) and "pooler" not in name)
+    return next(lost, None)
+
+
 def warn_unknown(encoder: DualEncoder, language: str, ids: Sequence[np.ndarray], least: float = 0.1) -> float:
     """Share of unknown tokens in a language's texts, with a line on stderr from ``least`` on."""
     share = encoder.unknown_share(ids)
@@ -386,12 +428,15 @@ def quiet() -> Iterator[None]:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     ours, hubs = transformers.utils.logging, huggingface_hub.utils.logging
+    theirs = logging.getLogger("sentence_transformers")
+    level = theirs.level
     levels = ours.get_verbosity(), hubs.get_verbosity()
     drawn = ours.is_progress_bar_enabled(), not are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where the environment decides on the bars, the hub warns
         ours.set_verbosity(logging.CRITICAL)
         hubs.set_verbosity(logging.CRITICAL)
+        theirs.setLevel(logging.CRITICAL)
         ours.disable_progress_bar()  # type: ignore[no-untyped-call]
         disable_progress_bars()
         try:
@@ -399,6 +444,7 @@ def quiet() -> Iterator[None]:
         finally:
             ours.set_verbosity(levels[0])
             hubs.set_verbosity(levels[1])
+            theirs.setLevel(level)
             if drawn[0]:
                 ours.enable_progress_bar()  # type: ignore[no-untyped-call]
             (enable_progress_bars if drawn[1] else disable_progress_bars)()

@@ -239,10 +239,7 @@ class MetaTaskSampler:
             among = min(SIMILAR + 1, len(self.support.ids))
             found = index.search(self._encoded("questions", support.query), among)[1]
             self._near[support.query, query] = np.stack(
-                [
-                    np.append(row, i)[np.argsort(np.append(row, i) != i, kind="stable")][:among]
-                    for i, row in enumerate(found)
-                ]
+                [np.append(i, row[row != i][: among - 1]) for i, row in enumerate(found)]
             )
         return np.unique(self._near[support.query, query][support.rows])
 
@@ -256,8 +253,10 @@ class MetaTaskSampler:
         for kinds in configs.parts(self.config.mode):
             for one in self.config.languages:
                 for other in [language for language in self.config.languages if language != one] or [one]:
-                    candidates = {"MONO": (one,), "BIL": (other,), "MULTI": (one, other)}
-                    yield tuple((one, candidates[kind]) for kind in kinds)
+                    third = [(language,) for language in self.config.languages if language not in (one, other)]
+                    for more in third if self.config.mode == "MONO_BIL_MULTI" else [()]:
+                        candidates = {"MONO": (one,), "BIL": (other,), "MULTI": (other, one, *more)}
+                        yield tuple((one, candidates[kind]) for kind in kinds)
 
     def _check(self) -> None:
         """Refuse at once what would fail in the middle of training."""

@@ -62,6 +62,8 @@ class MetaLearner:
     def __init__(self, config: Config, source: Data, accelerator: Accelerator) -> None:
         self.config, self.source, self.accelerator = config, source, accelerator
         self.encoder = encoder_of(config, source)
+        if config.checkpointing and self.encoder.vectorises:
+            raise UserError(f"--checkpointing is for transformers, not for --model {config.model}: leave it out")
         self.sampler = MetaTaskSampler(config, source, self.encoder)
         self.validation = self._validation()
         self.encoder.to(accelerator.device)
