@@ -31,6 +31,7 @@ from maml_align.model import DualEncoder, LinearEncoder, quiet
 from maml_align.tasks import stack
 from maml_align.train import MetaLearner
 from metazoo import inner, loop
+from metazoo.errors import UserError
 from metazoo.options import RunOptions
 from torch import Tensor
 
@@ -668,6 +669,12 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert_same(naive(one.loss, theta_of(one), tasks, loop_, loop_, 2.0)[0], wanted)
     first = learner(replace(config, first_order=True))
     assert any((combined(first, tasks).gradient[name] - value).abs().max() > 1e-4 for name, value in wanted.items())
+
+
+def test_checkpointing_is_for_transformers() -> None:
+    """A whole meta-batch at once has nothing to save: refused before training, not in its first step."""
+    with pytest.raises(UserError, match="--checkpointing is for transformers"):
+        learner(replace(CONFIG, first_order=False, checkpointing=True))
 
 
 # ---- sums

@@ -104,7 +104,7 @@ class MetaLearner:
         if self.config.learn_inner_lr:
             found["rates"] = self.rates
         if self.config.validate_every:
-            found["best"] = checkpoint.TensorState(self.best)
+            found["best"] = checkpoint.TensorState(**self.best)
         return found
 
     # ---- a step
