@@ -225,23 +225,33 @@ def test_unknown_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == ""
 
 
-def words(vocabulary: dict[str, int], **more: Any) -> DualEncoder:
-    """A static encoder of whole words."""
+def of_tokens(kind: Any) -> DualEncoder:
+    """A static encoder with a tokenizer of this model."""
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, **more))
+    tokenizer = Tokenizer(kind)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return DualEncoder(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)], device="cpu"))
 
 
 def test_unknown_may_have_the_first_number() -> None:
-    own = words({"[UNK]": 0, "dog": 1}, unk_token="[UNK]")
+    from tokenizers import models
+
+    own = of_tokens(models.WordLevel({"[UNK]": 0, "dog": 1}, unk_token="[UNK]"))
     assert own.unknown_share(own.token_ids(["dog cat cat cat"], 8)) == 0.75
-    own = words({"<unk>": 0, "dog": 1}, unk_token="<unk>")
+    own = of_tokens(models.WordLevel({"<unk>": 0, "dog": 1}, unk_token="<unk>"))
     assert own.unknown_share(own.token_ids(["dog cat"], 8)) == 0.5
-    own = words({"dog": 0})
+
+
+def test_texts_of_no_token_are_refused() -> None:
+    """A tokenizer without a token for what is unknown leaves it out."""
+    from tokenizers import models
+
+    own = of_tokens(models.BPE({"d": 0, "o": 1, "g": 2}, []))
     assert own.unknown_share(own.token_ids(["dog cat"], 8)) == 0
+    with pytest.raises(UserError, match="'cat' comes to no token"):
+        own.token_ids(["dog", "cat"], 8)
 
 
 def vocabularies() -> list[list[tuple[str, int]]]:
@@ -324,8 +334,6 @@ def test_empty_texts_are_refused() -> None:
     for call in (own.encode, lambda texts: own.token_ids(texts, 8)):
         with pytest.raises(UserError, match="text 1 is empty"):
             call(["dog", " \n"])
-    with pytest.raises(UserError, match="'cat' comes to no token"):
-        words({"dog": 0}).token_ids(["dog", "cat"], 8)
 
 
 def test_models_without_all_their_weights_are_refused(saved: Path) -> None:

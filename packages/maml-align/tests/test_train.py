@@ -20,14 +20,28 @@ from metazoo import testing
 from metazoo.errors import UserError
 from metazoo.options import RunOptions
 from safetensors.torch import load_file
-from test_faults import ROTATIONS, pairs
 
 torch.set_num_threads(1)
 SCRIPT = Path(__file__).parent / "two_processes.py"
+ROTATIONS = Config(
+    dataset="rotations", model="linear", languages=("a", "b", "c"), unseen=(), dimension=4, shots=3, queries=3,
+    inner_steps=2, inner_lr=0.5, steps=9, outer_lr=1e-2, task_batch=2,
+)  # fmt: skip
 KEYS = {
     "step", "loss", "teacher_query_loss", "student_support_loss", "student_query_loss", "alignment_loss", "kd_share",
     "distance", "grad_norm",
 }  # fmt: skip
+
+
+def pairs(folder: Path) -> Path:
+    """Scored pairs of three languages in a file of one's own."""
+    lines = ["sentence1,sentence2,score,language1,language2"]
+    for one in ("de", "en", "es"):
+        for other in ("de", "en", "es"):
+            lines += [f"{one} first {i},{other} second {i + i % 3},{5 - i % 3},{one},{other}" for i in range(40)]
+    path = folder / "pairs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 @pytest.fixture(scope="module")
