@@ -197,6 +197,8 @@ def test_bias(runs: dict[str, Run]) -> None:
         ({"mode": "MONO_BIL"}, "needs the three sets"),
         ({"method": "maml"}, "takes two sets"),
         ({"method": "fine-tune", "learn_inner_lr": True}, "--learn-inner-lr is for maml"),
+        ({"seed": -1}, "--seed is -1: give 0 or more"),
+        ({"method": "reptile", "mode": "MONO_BIL", "inner_steps": 0}, "give --inner-steps 1 or more"),
         ({"checkpointing": True}, "add --no-first-order"),
         ({"query_from": "dev", "validate_every": 5}, "trains on dev"),
         ({"mode": "MONO"}, "--mode MONO: one of MONO_MONO"),

@@ -569,6 +569,27 @@ def test_the_cut_table_is_exact(model: str, learned: bool, tmp_path: Path) -> No
     assert set(touched.nonzero().flatten().tolist()) <= set(seen.tolist())
 
 
+@pytest.mark.parametrize("model", ["tiny", "xlm-r", "mpnet"])
+def test_padding_keeps_its_row_where_no_text_is_padded(model: str, tmp_path: Path) -> None:
+    """Else the first token of the cut table would be taken for it, and have no place and no gradient."""
+    one = learner(replace(CONFIG, model=folder_of(model, tmp_path) if model != "tiny" else model))
+    encoder, theta = one.encoder, theta_of(one)
+    assert isinstance(encoder, DualEncoder)
+    ids = [np.array([5, 9, 6, 7]), np.array([11, 5, 8, 6])]  # no ends either
+    batch = {"tokens": encoder.pad(ids), "scores": torch.tensor([0.3]), "weight": torch.ones(1)}
+    used, (placed,) = encoder.cut([batch])
+    assert used is not None
+    assert encoder.padding in used.tolist()
+    cut = {**theta, encoder.table: theta[encoder.table][used]}
+    torch.testing.assert_close(
+        encoder.embed(cut, placed["tokens"]), encoder.embed(theta, batch["tokens"]), rtol=0, atol=1e-6
+    )
+    found, _, _ = inner.gradient(lambda params: (one.loss(params, placed), ()), cut)
+    wanted, _, _ = inner.gradient(lambda params: (one.loss(params, batch), ()), theta)
+    whole = torch.zeros_like(theta[encoder.table]).index_add_(0, used, found[encoder.table])
+    assert_same({**found, encoder.table: whole}, wanted)
+
+
 def test_a_table_whose_padding_is_far_down_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     one = learner(replace(CONFIG, model="tiny"))
     tasks = one.sampler.batch(0)

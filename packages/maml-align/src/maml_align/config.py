@@ -127,7 +127,7 @@ class Config:
         at_least = {
             "shots": 1, "queries": 1, "negatives": 1, "vocabulary": 300, "width": 2, "layers": 1, "heads": 1,
             "feedforward": 1, "dimension": 2, "max_query_length": 4, "max_answer_length": 4, "inner_steps": 0,
-            "teacher_steps": 0, "steps": 0, "task_batch": 1, "validate_every": 0,
+            "teacher_steps": 0, "steps": 0, "task_batch": 1, "validate_every": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -157,6 +157,8 @@ class Config:
             )
         if self.learn_inner_lr and self.method not in ("maml", "maml-align"):
             raise UserError(f"--learn-inner-lr is for maml and maml-align, not {self.method}")
+        if self.method == "reptile" and not self.inner_steps:
+            raise UserError("--method reptile learns from its inner steps: give --inner-steps 1 or more")
         if self.checkpointing and self.first_order:
             raise UserError("--checkpointing saves memory of second order: add --no-first-order, or leave it out")
         if self.query_from == "dev" and self.validate_every:

@@ -417,7 +417,10 @@ def is_sentence_transformer(folder: Path) -> bool:
     """Whether a folder holds a model, not a run."""
     if not (folder / "modules.json").exists():
         return False
-    return isinstance(json.loads((folder / "modules.json").read_text(encoding="utf-8")), list)
+    try:
+        return isinstance(json.loads((folder / "modules.json").read_text(encoding="utf-8")), list)
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager
