@@ -300,8 +300,8 @@ PRESETS: dict[str, Config] = {
     "xquad-r": replace(_STATIC, unseen=(), vocabulary=16384, width=128, steps=120),
     "minilm": replace(
         _STATIC, dataset="stsb", model="minilm", languages=("de", "en", "es", "fr"), unseen=("it", "nl", "pt"),
-        shots=8, queries=8, task_batch=2, inner_steps=1, inner_lr=0.1, steps=20, outer_lr=1e-4, max_query_length=40,
-        max_test=200,
+        shots=8, queries=8, task_batch=2, inner_steps=1, inner_lr=0.1, steps=12, outer_lr=1e-4, max_query_length=40,
+        max_test=100,
     ),
     "rotations": Config(
         dataset="rotations", model="linear", languages=("a", "b", "c", "d", "e", "f"), unseen=(), shots=32, queries=32,
