@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARIES = (30522, 250002)
+PARTS = ["step", "tasks", "flat", "encode", "search"]
 FORMS = ("ours", "checkpointed", "higher")
 STEPS, RATE, PAIRS, LENGTH, TASKS = 2, 0.01, 8, 24, 2
 
@@ -33,14 +34,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes for each form, in turn")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("results/bench/speed.json"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; others are kept")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(CHILDREN[args.child.split(":")[0]](args.child, args.repeats)))
         return
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    found: dict[str, Any] = {}
-    for vocabulary in VOCABULARIES:
+    found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for vocabulary in VOCABULARIES if "step" in args.parts else ():
         rows: dict[str, list[dict[str, float]]] = {}
         for _ in range(args.rounds):
             for form in FORMS:
@@ -53,8 +55,9 @@ def main() -> None:
             pairs = list(zip(rows[form], rows["higher"], strict=True))
             found[f"{form} faster than higher, vocabulary {vocabulary}"] = spread([b["ms"] / a["ms"] for a, b in pairs])
             found[f"{form} memory over higher, vocabulary {vocabulary}"] = spread([a["mb"] / b["mb"] for a, b in pairs])
-    for name in ("tasks", "flat", "encode", "search"):
-        found[name] = child(name, args.repeats)
+    for name in PARTS[1:]:
+        if name in args.parts:
+            found[name] = child(name, args.repeats)
     from metazoo.environment import describe
 
     found["environment"] = describe()
