@@ -146,13 +146,15 @@ def step(name: str, repeats: int) -> dict[str, float]:
     def by_higher() -> None:
         import higher
 
+        network = encoder.backbone[0].model  # higher cannot patch sentence-transformers' classes
         encoder.zero_grad()
         for support, query in tasks:
-            optimizer = torch.optim.SGD(encoder.parameters(), lr=RATE)
-            with higher.innerloop_ctx(encoder, optimizer, copy_initial_weights=False) as (model, inner):
+            optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+            with higher.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (model, inner):
 
                 def of(batch: dict[str, Any], model: Any = model) -> torch.Tensor:
-                    one, two = model(**batch["tokens"]).chunk(2)
+                    vectors = model(**batch["tokens"]).last_hidden_state.mean(1)
+                    one, two = torch.nn.functional.normalize(vectors, dim=-1).chunk(2)
                     return ((one * two).sum(-1) - batch["scores"]).square().mean()
 
                 for _ in range(STEPS):

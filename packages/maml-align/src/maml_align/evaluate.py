@@ -113,6 +113,8 @@ def evaluate_sts(
                 cosine = (encoded(one, other, 0) * encoded(one, other, 1)).sum(1)
                 found = metrics.pearson_spearman(cosine, pairs.pairs(one, other)[2])
                 pearson[one, other], spearman[one, other] = found["pearson"], found["spearman"]
+    if not pearson:
+        raise UserError(f"no scored pairs of {', '.join(languages)} in this part: give more data")
     return pearson, spearman
 
 
@@ -224,11 +226,13 @@ def evaluate_world(run: Run) -> dict[str, float]:
             cosines.append((one * two).sum(-1))
         return loss(found, query), loss(params, query), *cosines
 
-    found = inner.over_tasks(adapted, (None, 0, 0), inner.parameters(encoder), support, query)
+    theta = {name: value.cpu() for name, value in inner.parameters(encoder).items()}
+    found = inner.over_tasks(adapted, (None, 0, 0), theta, support, query)
     teacher, student, after, before = (value.detach().double().numpy() for value in found)
     scores = query["scores"].numpy()
-    difference = (teacher - student)[: len(teacher) // config.task_batch * config.task_batch]
-    batches = np.abs(difference.reshape(-1, config.task_batch).mean(1))
+    size = min(config.task_batch, len(teacher))
+    difference = (teacher - student)[: len(teacher) // size * size]
+    batches = np.abs(difference.reshape(-1, size).mean(1))
     pearson = [
         [metrics.pearson_spearman(one, truth)["pearson"] for one, truth in zip(cosines, scores, strict=True)]
         for cosines in (after, before)
@@ -335,6 +339,6 @@ def _plot(run: Run, found: Mapping[str, float], matrix: Matrix) -> None:
             name.removeprefix("pool_").replace("_", " "): found[f"{before}{name}"] for name in names if name in found
         }
         for label, before in (("trained", ""), ("before training", "zero_shot_"), ("TF-IDF", "tfidf_"))
-        if f"{before}{names[0]}" in found
+        if any(f"{before}{name}" in found for name in names)
     }
     plots.comparison(bars, run.folder / "comparison.png", "Pearson ×100" if pairs else "mAP ×100")

@@ -68,6 +68,8 @@ class MetaTaskSampler:
         if self.kind != "vectors":
             self._check()
             self._tokenise()
+        if self.kind == "questions":
+            self._encode()
 
     def batch(self, step: int) -> list[list[dict[str, Any]]]:
         """The sets, as batches of the loss, of each task of an outer step."""
@@ -212,6 +214,15 @@ class MetaTaskSampler:
         return tuple(found)
 
     # ---- nearness, by the encoder before training
+
+    def _encode(self) -> None:
+        """All vectors that will be asked for, now: later the encoder is another, and in a resumed run yet another."""
+        mined = self.config.negative_sampling != "random"
+        for language in self.config.languages:
+            if mined or self.config.query_sampling == "similar":
+                self._encoded("questions", language)
+            if mined:
+                self._encoded("candidates", language)
 
     def _encoded(self, what: str, language: str) -> np.ndarray:
         if (what, language) not in self._vectors:

@@ -64,9 +64,9 @@ class MetaLearner:
         self.encoder = encoder_of(config, source)
         if config.checkpointing and self.encoder.vectorises:
             raise UserError(f"--checkpointing is for transformers, not for --model {config.model}: leave it out")
+        self.encoder.to(accelerator.device)
         self.sampler = MetaTaskSampler(config, source, self.encoder)
         self.validation = self._validation()
-        self.encoder.to(accelerator.device)
         self.theta: dict[str, nn.Parameter] = dict(self.encoder.named_parameters())
         self.rates = nn.ParameterDict()
         if config.learn_inner_lr:
@@ -259,7 +259,7 @@ class MetaLearner:
         finally:
             self.config = learner_config
         loss = found[name] / len(tasks)
-        if self.best["score"] < 0 or loss.cpu() < self.best["score"]:
+        if loss.isfinite() and (self.best["score"] < 0 or loss.cpu() < self.best["score"]):
             self.best["score"].copy_(loss)
             self.best["step"].fill_(step + 1)
             for key, value in self.encoder.named_parameters():
