@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import math
+import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +93,8 @@ class Questions:
     def candidates(self, language: str, context: bool) -> list[str]:
         """Sentences, or with ``context`` each with its paragraph after it; no line breaks."""
         sentences, contexts = self.sentences[language], self.contexts[language]
-        if not context:
-            return list(sentences)
-        return [f"{one} {two}".strip().replace("\n", " ") for one, two in zip(sentences, contexts, strict=True)]
+        found = [f"{one} {two}" for one, two in zip(sentences, contexts, strict=True)] if context else sentences
+        return [text.strip().replace("\n", " ") for text in found]
 
     def head(self, count: int | None) -> Questions:
         """The first ``count`` questions; all candidates."""
@@ -126,8 +127,8 @@ def load(config: Config) -> Data:
 
         return rotations.load(config)
     if config.dataset == "stsb":
-        files = [f"stsb-{one}-{split}.csv" for one in languages for split in ("train", "dev", "test")]
-        folder = _folder("stsb-multi-mt", files, config)
+        names = [f"stsb-{{}}-{split}.csv" for split in ("train", "dev", "test")]
+        folder = _folder("stsb-multi-mt", names, languages, config)
         parts: list[Any] = [load_stsb_multi(folder, languages, split) for split in ("train", "dev", "test")]
         found = Data("stsb", "pairs", *parts)
     elif config.dataset == "xquad-r":
@@ -138,6 +139,7 @@ def load(config: Config) -> Data:
         found = _own(Path(config.dataset), config, languages)
     else:
         raise UserError(f"--dataset {config.dataset}: give xquad-r, stsb, rotations, hub:ID or the path of a .csv")
+    _check_parts(found, config.dataset)
     test = found.test.head(config.max_test)
     return Data(found.name, found.kind, found.train, found.dev, test)
 
@@ -163,8 +165,10 @@ def _all_texts(part: Pairs | Questions, languages: Sequence[str]) -> Iterator[st
         yield from second if other in languages else ()
 
 
-def _folder(dataset: str, files: Sequence[str], config: Config) -> Path:
-    """Where the files are; if some of them are, the error names the language that is not."""
+def _folder(dataset: str, names: Sequence[str], languages: Sequence[str], config: Config) -> Path:
+    """Where the files of the languages are, each of ``names`` with a language for {}; if there are files of some
+    languages only, the error names the one that is missing and those that are there."""
+    files = [name.format(language) for language in languages for name in names]
     try:
         return find(dataset, files, data_dir=config.data_dir)
     except UserError:
@@ -173,9 +177,29 @@ def _folder(dataset: str, files: Sequence[str], config: Config) -> Path:
                 folder = find(dataset, [file], data_dir=config.data_dir)
             except UserError:
                 continue
-            missing = next(one for one in files if not (folder / one).exists())
-            raise UserError(f"{folder} has no {missing}: leave that language out, or add the file") from None
+            language, missing = next(
+                (language, name.format(language))
+                for language in languages
+                for name in names
+                if not (folder / name.format(language)).is_file()
+            )
+            pattern = re.compile(names[0].replace(".", r"\.").format("([A-Za-z]+)"))
+            there = sorted(match[1] for path in folder.iterdir() if (match := pattern.fullmatch(path.name)))
+            raise UserError(
+                f"{folder} has no {missing}: leave {language} out (it has {', '.join(there)}), or add the file"
+            ) from None
         raise
+
+
+def _check_parts(data: Data, where: str) -> None:
+    """Each part has something to learn from or to score."""
+    for name, part in (("train", data.train), ("dev", data.dev), ("test", data.test)):
+        if isinstance(part, Pairs):
+            what, some = "scored pair", any(len(scores) for _, _, scores in part.texts.values())
+        else:
+            what, some = "question with an answer", any((answers >= 0).any() for answers in part.answers.values())
+        if not some:
+            raise UserError(f"{where}: no {what} in {', '.join(part.languages)} for the {name} part: give more rows")
 
 
 # Scored pairs
@@ -200,9 +224,7 @@ def load_stsb_multi(folder: Path | str, languages: Sequence[str], split: str) ->
 
 def _scored(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
     rows = []
-    reader = csv.reader(io.StringIO(_text(path), newline=""))
-    for row in reader:
-        where = f"{path} line {reader.line_num}"
+    for where, row in _records(path):
         if len(row) != 3:
             raise UserError(f"{where}: {len(row)} columns: give sentence1, sentence2, score")
         rows.append((_filled(row[0], where, "sentence 1"), _filled(row[1], where, "sentence 2"), _score(row[2], where)))
@@ -222,17 +244,29 @@ def _score(text: Any, where: str) -> float:
     return score
 
 
-def _filled(text: str | None, where: str, what: str) -> str:
-    if text is None or not text.strip():
+def _filled(text: Any, where: str, what: str) -> str:
+    if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: {what} is empty: give a text, or leave the row out")
     return text.strip()
 
 
+def _records(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """File and line, and values, of each row of a .csv."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    try:
+        for row in reader:
+            yield f"{path} line {reader.line_num}", row
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: no CSV ({error}): save it again") from error
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        content = path.read_bytes()
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        number = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {number}: not UTF-8: save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: give a readable file") from error
 
@@ -250,17 +284,27 @@ def _hub(name: str, languages: Sequence[str]) -> Data:
             where = f"hub:{name} {language} {splits[0]}"
             try:
                 kept = datasets.get_dataset_split_names(name, language)
-                split = next(one for one in splits if one in kept)
+                split = next((one for one in splits if one in kept), None)
+                if split is None:
+                    raise UserError(f"{where}: no such split (there are {', '.join(kept)}): give another set")
                 rows = datasets.load_dataset(name, language, split=split)
-                column = "similarity_score" if "similarity_score" in rows.column_names else "score"
-                one, two, scores = rows["sentence1"], rows["sentence2"], rows[column]
+                columns = list(rows.column_names)
+                column = "similarity_score" if "similarity_score" in columns else "score"
+                if not {"sentence1", "sentence2", column} <= set(columns):
+                    raise UserError(
+                        f"{where}: columns {', '.join(columns)}: give a set with sentence1, sentence2 and "
+                        "similarity_score or score"
+                    )
+                one, two, scores = list(rows["sentence1"]), list(rows["sentence2"]), list(rows[column])
+            except UserError:
+                raise
             except Exception as error:  # whatever the hub and its formats raise
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(f"{where}: {reason}: check id, languages and columns, or the network") from error
             read[language] = (
-                tuple(_filled(text, where, "sentence 1") for text in one),
-                tuple(_filled(text, where, "sentence 2") for text in two),
-                np.array([_score(score, where) for score in scores]),
+                tuple(_filled(text, f"{where} row {i}", "sentence 1") for i, text in enumerate(one, 1)),
+                tuple(_filled(text, f"{where} row {i}", "sentence 2") for i, text in enumerate(two, 1)),
+                np.array([_score(score, f"{where} row {i}") for i, score in enumerate(scores, 1)]),
             )
         first = read[languages[0]][2]
         aligned = all(np.array_equal(scores, first) for _, _, scores in read.values())
@@ -297,28 +341,47 @@ def load_xquad_r(folder: Path | str | None, languages: Sequence[str]) -> XQuAD:
     article_of: dict[str, int] = {}
     of_candidate: dict[str, np.ndarray] = {}
     for language in languages:
-        where = f"{language}.json"
+        name = f"{language}.json"
+        where = name if folder is None else str(Path(folder) / name)
         try:
             articles = _json(folder, language)["data"]
             asked[language], answers[language] = {}, {}
-            sentences[language], contexts[language], owners = [], [], []
+            sentences[language], contexts[language] = [], []
+            owners: list[int] = []
             for number, article in enumerate(articles):
                 for paragraph in article["paragraphs"]:
-                    start = len(sentences[language])
-                    sentences[language] += [text.strip() for text in paragraph["sentences"]]
-                    contexts[language] += [paragraph["context"]] * len(paragraph["sentences"])
-                    owners += [number] * len(paragraph["sentences"])
+                    said, breaks, start = paragraph["sentences"], paragraph["sentence_breaks"], len(owners)
+                    _filled(paragraph["context"], where, "a paragraph")
+                    if len(said) != len(breaks):
+                        raise UserError(f"{where}: {len(said)} sentences, but {len(breaks)} breaks: fetch it again")
+                    sentences[language] += [_filled(text, where, "a sentence") for text in said]
+                    contexts[language] += [paragraph["context"]] * len(said)
+                    owners += [number] * len(said)
                     for question in paragraph["qas"]:
                         key, at = question["id"], question["answers"][0]["answer_start"]
-                        held = [i for i, (a, b) in enumerate(paragraph["sentence_breaks"]) if a <= at < b]
+                        held = [i for i, (a, b) in enumerate(breaks) if a <= at < b]
                         if not held:
-                            raise UserError(f"{where}: the answer of question {key} lies in no sentence")
+                            raise UserError(
+                                f"{where}: the answer of question {key} lies in no sentence: fetch it again"
+                            )
+                        if key in asked[language]:
+                            raise UserError(f"{where}: question {key} is there twice: fetch it again")
+                        if article_of.setdefault(key, number) != number:
+                            raise UserError(
+                                f"{where}: question {key} is in another article than in {languages[0]}.json: take "
+                                "files of one release"
+                            )
                         asked[language][key] = _filled(question["question"], where, f"question {key}")
                         answers[language][key] = start + held[0]
-                        article_of.setdefault(key, number)
-            of_candidate[language] = np.array(owners)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            of_candidate[language] = np.array(owners, dtype=np.int64)
+        except UserError:
+            raise
+        except (
+            AttributeError, EOFError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError, zlib.error,
+        ) as error:  # fmt: skip
             raise UserError(f"{where}: not XQuAD-R's layout ({error!r:.80}): fetch it again") from error
+        if not asked[language]:
+            raise UserError(f"{where}: no questions in it: fetch it again")
         if set(asked[language]) != set(asked[languages[0]]):
             raise UserError(f"{where}: not the same questions as {languages[0]}.json: take files of one release")
     ids = tuple(asked[languages[0]])
@@ -335,6 +398,8 @@ def load_xquad_r(folder: Path | str | None, languages: Sequence[str]) -> XQuAD:
 def _json(folder: Path | str | None, language: str) -> Any:
     if folder is not None:
         return json.loads(_text(Path(folder) / f"{language}.json"))
+    if language not in EMBEDDED:
+        raise UserError(f"{language}.json is not in the package (it has {', '.join(EMBEDDED)}): give --data-dir")
     packed = Path(__file__).parent / "xquad-r" / f"{language}.json.gz"
     return json.loads(gzip.decompress(packed.read_bytes()))
 
@@ -343,7 +408,7 @@ def _xquad_data(config: Config, languages: Sequence[str]) -> Data:
     """Three folds of articles to train, the next after the test fold as dev."""
     folder = None
     if config.data_dir is not None or not set(languages) <= set(EMBEDDED):
-        folder = _folder("lareqa/xquad-r", [f"{one}.json" for one in languages], config)
+        folder = _folder("lareqa/xquad-r", ["{}.json"], languages, config)
     whole = load_xquad_r(folder, languages)
     articles = np.unique(np.concatenate([whole.articles, *whole.of_candidate.values()]))
     fold_of = np.zeros(int(articles.max()) + 1, dtype=int)
@@ -379,9 +444,15 @@ def _subset(whole: XQuAD, kept: np.ndarray) -> Questions:
 
 def _own(path: Path, config: Config, languages: Sequence[str]) -> Data:
     """A .csv of scored pairs or of questions, 70 % to train, 15 % dev, 15 % test."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    columns = reader.fieldnames or []
-    rows = [(f"{path} line {reader.line_num}", row) for row in reader]
+    columns: list[str] = []
+    rows: list[tuple[str, dict[str, str]]] = []
+    for where, values in _records(path):
+        if not columns:
+            columns = [value.strip() for value in values]
+        elif len(values) == len(columns):
+            rows.append((where, dict(zip(columns, values, strict=True))))
+        elif values:
+            raise UserError(f"{where}: {len(values)} values, but {len(columns)} columns: mend the line")
     if {"sentence1", "sentence2", "score", "language1", "language2"} <= set(columns):
         return _own_pairs(path, rows, config, languages)
     if {"id", "language", "question", "answer"} <= set(columns):
@@ -427,7 +498,7 @@ def _groups(keys: Sequence[Sequence[Any]]) -> list[int]:
 def _own_pairs(path: Path, rows: Sequence[tuple[str, Any]], config: Config, languages: Sequence[str]) -> Data:
     read = [
         (
-            (row["language1"] or "").strip(), (row["language2"] or "").strip(),
+            _filled(row["language1"], where, "language1"), _filled(row["language2"], where, "language2"),
             _filled(row["sentence1"], where, "sentence1"), _filled(row["sentence2"], where, "sentence2"),
             _score(row["score"], where),
         )
@@ -458,7 +529,7 @@ def _own_pairs(path: Path, rows: Sequence[tuple[str, Any]], config: Config, lang
 def _own_questions(path: Path, rows: Sequence[tuple[str, Any]], config: Config, languages: Sequence[str]) -> Data:
     read = [
         (
-            _filled(row["id"], where, "id"), (row["language"] or "").strip(),
+            _filled(row["id"], where, "id"), _filled(row["language"], where, "language"),
             _filled(row["question"], where, "question"),
             _filled(row["answer"], where, "answer"), (row.get("context") or "").strip(), where,
         )

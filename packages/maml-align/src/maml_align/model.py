@@ -332,6 +332,7 @@ def tiny(config: Config, texts: Iterable[str], attention: str) -> DualEncoder:
     import tempfile
 
     import transformers
+    from safetensors.torch import save_file
 
     tokenizer = train_tokenizer(texts, config.vocabulary)
     longest = max(config.max_query_length, config.max_answer_length)
@@ -347,7 +348,9 @@ def tiny(config: Config, texts: Iterable[str], attention: str) -> DualEncoder:
         network = transformers.BertModel(shape, add_pooling_layer=False)
     with tempfile.TemporaryDirectory() as folder:  # sentence-transformers builds its modules from a folder
         with quiet():
-            network.save_pretrained(folder)
+            # network.save_pretrained writes in the first of several processes only
+            shape.save_pretrained(folder)
+            save_file(network.state_dict(), Path(folder) / "model.safetensors", metadata={"format": "pt"})
             fast.save_pretrained(folder)
         return DualEncoder.from_pretrained(folder, attention=attention)
 
