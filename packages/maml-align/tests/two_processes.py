@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from maml_align import meta_distillation
+from maml_align import meta_distillation, plots
 from maml_align.config import Config
 from maml_align.train import train
 from metazoo.options import RunOptions
@@ -39,15 +39,17 @@ class Recorded:
 
 
 def main(jobs: list[tuple[str, dict[str, Any]]]) -> None:
-    """Train each (folder, fields); folder.RANK.npz has the gradients of each process."""
+    """Train each (folder, fields); folder.RANK.npz has the gradients and the last weights of each process."""
     torch.set_num_threads(1)
+    plots.training = lambda rows, path: None  # which would take longer than the training
     end = Accelerator.end_training
     Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # it would part the processes
     for folder, fields in jobs:
         config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
         with Recorded() as record:
-            train(config, RunOptions(output_dir=Path(folder), log_every=1, checkpoint_every=4))
-        np.savez(f"{folder}.{Accelerator().process_index}.npz", gradients=record.gradients)
+            run = train(config, RunOptions(output_dir=Path(folder), log_every=1, checkpoint_every=4))
+        weights = torch.cat([value.detach().flatten() for value in run.encoder.parameters()]).numpy()
+        np.savez(f"{folder}.{Accelerator().process_index}.npz", gradients=record.gradients, weights=weights)
     end(Accelerator())
 
 
