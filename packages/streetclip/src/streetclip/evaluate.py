@@ -1,0 +1,305 @@
+"""Scores of a run on photos with coordinates, group by group; scores of predictions; ceilings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from metazoo import runfolder
+from metazoo.errors import UserError
+from torch import Tensor
+
+from streetclip import baselines, data, metrics
+from streetclip.baselines import LabelHead
+from streetclip.config import RADII, Config, EvaluateOptions, OracleOptions, ScoreOptions
+from streetclip.data import Data, Photos
+from streetclip.gazetteer import Gazetteer
+from streetclip.geolocator import HierarchicalZeroShotGeolocator
+from streetclip.model import Clip
+from streetclip.train import Run, load
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was found of a group of photos.
+
+    Attributes:
+        summary: metric -> value.
+        errors: [N] kilometres.
+        country, found_country: [N] numbers in the gazetteer, -1 where there is none.
+        latitude, longitude: [N] of the places found.
+        probability: [N] of the country found.
+    """
+
+    summary: dict[str, float]
+    errors: np.ndarray
+    country: np.ndarray
+    found_country: np.ndarray
+    latitude: np.ndarray
+    longitude: np.ndarray
+    probability: np.ndarray
+
+
+def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> dict[str, Any]:
+    """Scores of a run on its test photos.
+
+    Args:
+        run: a run, or its folder.
+        options: how places are asked for.
+
+    Returns:
+        For each group (of generated photos and a .csv: seen, unseen_cities, unseen_countries; else all), as
+        GROUP_NAME: within_1, _25, _200, _750, _2500 [%], median_km; country_top1, city_top1, city_given_country [%]
+        where labels are known; calibration_error of the country's probability. With ``knn_``, ``constant_``,
+        ``oracle_`` after the group: neighbours, the mean place of training, the true country's best city. All also
+        goes to evaluation.json.
+
+    Raises:
+        UserError: not a run folder, an unfinished run, no good checkpoint, or no test photos.
+    """
+    options = options or EvaluateOptions()
+    if not isinstance(run, Run):
+        run = load(run)
+    source = _with_options(run, options)
+    if not source.tests:
+        raise UserError(f"{run.config.dataset}: no test photos: give a column split with train and test")
+    found: dict[str, Any] = {}
+    scored: dict[str, Scored] = {}
+    features = {name: encode(run.clip, photos, options.batch_size) for name, photos in source.tests.items()}
+    learned = encode(run.clip, source.train, options.batch_size) if options.knn and source.train is not None else None
+    locator = geolocator_of(run, source.gazetteer, options) if run.head is None else None
+    for name, photos in source.tests.items():
+        if locator is not None:
+            scored[name] = score(locator, features[name], photos)
+        else:
+            assert run.head is not None
+            scored[name] = score_head(run.head, features[name], photos, source.gazetteer)
+        found |= {f"{name}_{metric}": value for metric, value in scored[name].summary.items()}
+        found |= _beside(name, photos, source, run.config, features[name], learned, options.knn)
+    runfolder.write_text(run.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    if options.plots:
+        _plot(run.folder, source, scored)
+    return found
+
+
+def _with_options(run: Run, options: EvaluateOptions) -> Data:
+    if options.countries == "all" and not options.us_states:
+        return run.data
+    if run.config.dataset == "world":
+        raise UserError("--countries and --us-states are for places of GeoNames, not for the generated world")
+    places = Gazetteer.load(run.config.gazetteer, countries=options.countries, us_states=options.us_states)
+    return Data(run.data.train, run.data.tests, places)
+
+
+def geolocator_of(run: Run, gazetteer: Gazetteer, options: EvaluateOptions) -> HierarchicalZeroShotGeolocator:
+    """As the run and the options ask for places."""
+    config = run.config
+    return HierarchicalZeroShotGeolocator(
+        run.clip, gazetteer, mode=options.mode, country_template=config.country_template,
+        city_template=options.city_template or config.city_template, ensemble=options.ensemble, cities=config.cities,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode(clip: Clip, photos: Photos, batch_size: int = 256) -> Tensor:
+    """Features [N, d] of norm 1."""
+    parts = [
+        clip.encode_images(photos.pixels(range(i, min(i + batch_size, len(photos))), clip).to(clip.device))
+        for i in range(0, len(photos), batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def score(locator: HierarchicalZeroShotGeolocator, features: Tensor, photos: Photos) -> Scored:
+    """Of photos with coordinates, by what a geolocator finds."""
+    places = locator.gazetteer
+    located = locator.locate(features)
+    cities = located.cities[:, 0]
+    found_country = places.country[cities]
+    probability = located.countries[np.arange(len(cities)), found_country]
+    held = _scored(photos, places, places.latitude[cities], places.longitude[cities], found_country, probability)
+    city = np.array([
+        -1 if (number := places.find(*pair)) is None else number
+        for pair in zip(photos.country, photos.city, strict=True)
+    ])  # fmt: skip
+    if (city >= 0).any():
+        known = city >= 0
+        held.summary["city_top1"] = 100 * float((cities == city)[known].mean())
+        # of the true country's cities
+        right = np.zeros(len(city), dtype=bool)
+        for country in np.unique(held.country[known]):
+            rows = np.flatnonzero(known & (held.country == country))
+            numbers = places.top(int(country), locator.cities)
+            best = locator.within(features[torch.from_numpy(rows).to(features.device)], int(country)).argmax(1)
+            right[rows] = numbers[best.cpu().numpy()] == city[rows]
+        held.summary["city_given_country"] = 100 * float(right[known].mean())
+    return held
+
+
+def score_head(head: LabelHead, features: Tensor, photos: Photos, gazetteer: Gazetteer) -> Scored:
+    """Of photos with coordinates, by a head of fixed classes."""
+    with torch.no_grad():
+        logits = head(features)
+    probabilities, classes = logits.softmax(-1).max(1)
+    found = classes.cpu().numpy()
+    country = head.country(found, gazetteer)
+    held = _scored(
+        photos, gazetteer, head.latitude[found], head.longitude[found], country, probabilities.double().cpu().numpy()
+    )
+    if head.kind == "city":
+        right = [
+            head.classes[i] == pair
+            for i, pair in zip(found.tolist(), zip(photos.country, photos.city, strict=True), strict=True)
+        ]
+        held.summary["city_top1"] = 100 * float(np.mean(right))
+    return held
+
+
+def _scored(
+    photos: Photos, places: Gazetteer, latitude: np.ndarray, longitude: np.ndarray, found_country: np.ndarray,
+    probability: np.ndarray,
+) -> Scored:  # fmt: skip
+    errors = metrics.haversine_km(photos.latitude, photos.longitude, latitude, longitude)
+    summary = metrics.geo_accuracy_at_km(errors)
+    number = {name: i for i, name in enumerate(places.countries)}
+    country = np.array([number.get(name, -1) for name in photos.country])
+    if not any(photos.country):  # coordinates alone: the country of the nearest city
+        country = places.country[places.nearest(photos.latitude, photos.longitude)]
+    known = country >= 0
+    if known.any():
+        right = (found_country == country)[known]
+        summary["country_top1"] = 100 * float(right.mean())
+        summary["calibration_error"] = 100 * metrics.calibration(probability[known], right)[1]
+    return Scored(summary, errors, country, found_country, latitude, longitude, probability)
+
+
+def _beside(
+    name: str, photos: Photos, source: Data, config: Config, features: Tensor, learned: Tensor | None, knn: int
+) -> dict[str, float]:
+    """The constant, the ceiling, and neighbours."""
+    guesses = {}
+    if source.train is not None:
+        guesses["constant"] = baselines.constant(source.train, len(photos))
+        if learned is not None:
+            if np.isnan(source.train.latitude).any():
+                raise UserError("--knn needs coordinates of all training photos: give them, or --knn 0")
+            guesses["knn"] = baselines.nearest_neighbours(
+                learned.cpu().numpy(), source.train, features.cpu().numpy(), knn
+            )
+    found = {
+        f"{name}_{kind}_{metric}": value
+        for kind, place in guesses.items()
+        for metric, value in metrics.geo_accuracy_at_km(
+            metrics.haversine_km(photos.latitude, photos.longitude, *place)
+        ).items()
+    }
+    ceiling = baselines.oracle_errors(photos.latitude, photos.longitude, source.gazetteer, config.cities)
+    return found | {f"{name}_oracle_{metric}": value for metric, value in metrics.geo_accuracy_at_km(ceiling).items()}
+
+
+def _plot(folder: Path, source: Data, scored: Mapping[str, Scored]) -> None:
+    from streetclip import plots
+
+    plots.errors({name.replace("_", " "): one.errors for name, one in scored.items()}, folder / "errors.png")
+    places = source.gazetteer
+    country = np.concatenate([one.country for one in scored.values()])
+    found = np.concatenate([one.found_country for one in scored.values()])
+    known = country >= 0
+    if known.any():
+        plots.confusion(country[known], found[known], places.countries, folder / "countries.png")
+        probability = np.concatenate([one.probability for one in scored.values()])
+        plots.calibration(probability[known], (country == found)[known], folder / "calibration.png")
+    photos = list(source.tests.values())
+    plots.places(
+        np.concatenate([one.latitude for one in photos]), np.concatenate([one.longitude for one in photos]),
+        np.concatenate([one.latitude for one in scored.values()]),
+        np.concatenate([one.longitude for one in scored.values()]), places, folder / "map.png",
+    )  # fmt: skip
+
+
+# ---- predictions and ceilings
+
+
+def score_predictions(options: ScoreOptions) -> dict[str, float]:
+    """`streetclip score`: predictions against coordinates.
+
+    Returns:
+        within_1, _25, _200, _750, _2500 [%], median_km, photos.
+
+    Raises:
+        UserError: no such file or column, or the two do not name the same photos.
+    """
+    names, latitude, longitude = data.read_coordinates(options.coords)
+    predicted, found_latitude, found_longitude = data.read_coordinates(str(options.predictions))
+    place = {name: i for i, name in enumerate(predicted)}
+    if absent := [name for name in names if name not in place]:
+        raise UserError(
+            f"{options.predictions}: {absent[0]} of {options.coords} is missing ({len(absent)} of {len(names)}): "
+            "predict it, or take it out"
+        )
+    if more := sorted(set(predicted) - set(names)):
+        raise UserError(
+            f"{options.coords}: no coordinates of {more[0]} ({len(more)} predictions without): take them out, or give "
+            "theirs"
+        )
+    order = [place[name] for name in names]
+    errors = metrics.haversine_km(latitude, longitude, found_latitude[order], found_longitude[order])
+    if options.output_dir is not None:
+        from streetclip import plots
+
+        plots.errors({"predictions": errors}, options.output_dir / "errors.png")
+    return {**metrics.geo_accuracy_at_km(errors), "photos": float(len(errors))}
+
+
+# % within 25, 200, 750, 2500 km: the paper's Table for StreetCLIP, as the model card has it
+PUBLISHED = {"im2gps": (28.3, 45.1, 74.7, 88.2), "im2gps3k": (22.4, 37.4, 61.3, 80.4)}
+
+
+def ceilings(
+    latitude: np.ndarray, longitude: np.ndarray, gazetteer: Gazetteer, cities: Sequence[int]
+) -> dict[int, dict[str, float]]:
+    """K -> within_R [%] and median_km, with the true country known and the best of its K most populous cities."""
+    return {
+        k: metrics.geo_accuracy_at_km(baselines.oracle_errors(latitude, longitude, gazetteer, k)) for k in cities
+    }  # fmt: skip
+
+
+def oracle(options: OracleOptions) -> str:
+    """`streetclip oracle`: ceilings of the method, beside two constants and, of IM2GPS, what is published.
+
+    Raises:
+        UserError: no such file or column.
+    """
+    _, latitude, longitude = data.read_coordinates(options.coords)
+    gazetteer = Gazetteer.load(options.gazetteer)
+    rows: dict[str, Sequence[float]] = {}
+    for k, found in ceilings(latitude, longitude, gazetteer, options.cities).items():
+        name = f"true country, best of {k} cities" if k else f"true country, best of all {len(gazetteer.cities)}"
+        rows[name] = [found[f"within_{radius}"] for radius in RADII]
+    for country, city in (("United Kingdom", "London"), ("France", "Paris")):
+        if (number := gazetteer.find(country, city)) is not None:
+            place = gazetteer.latitude[number], gazetteer.longitude[number]
+            found = metrics.geo_accuracy_at_km(metrics.haversine_km(latitude, longitude, *place))
+            rows[f"always {city}"] = [found[f"within_{radius}"] for radius in RADII]
+    if options.coords in PUBLISHED:
+        rows["StreetCLIP, as published"] = [float("nan"), *PUBLISHED[options.coords]]
+    width = max(map(len, rows))
+    head = f"{'% within':{width}}" + "".join(f"{radius:>7} km" for radius in RADII)
+    lines = [
+        f"{name:{width}}" + "".join("         –" if np.isnan(value) else f"{value:10.1f}" for value in values)
+        for name, values in rows.items()
+    ]
+    lines = [f"{options.coords}: {len(latitude)} places", head, *lines]
+    if options.coords in PUBLISHED and 1 in options.cities:
+        biggest = list(rows.values())[options.cities.index(1)][1:]
+        below = all(a < b for a, b in zip(PUBLISHED[options.coords], biggest, strict=True))
+        lines.append(
+            f"StreetCLIP's published figures are {'' if below else 'not '}below those of the right country's most "
+            "populous city at every radius."
+        )
+    return "\n".join(lines)
