@@ -21,7 +21,6 @@ class LabelHead(nn.Module):
         kind: country, city or cell (k-means of coordinates, as geocells).
         classes: names, (country, city) pairs, or cells' numbers.
         targets: [N] class of each training photo.
-        latitude, longitude: [classes] the mean place of a class's training photos, or of its cities in the gazetteer.
     """
 
     def __init__(
@@ -47,13 +46,20 @@ class LabelHead(nn.Module):
         number = {label: i for i, label in enumerate(self.classes)}
         self.targets = torch.tensor([number[label] for label in labels])
         self.linear = nn.Linear(width, len(self.classes))
-        means = [
-            mean_place(train.latitude[mine & known], train.longitude[mine & known])
-            if (mine & known).any()
-            else _in_gazetteer(label, gazetteer)
-            for label, mine in ((label, (self.targets == i).numpy()) for label, i in number.items())
-        ]
-        self.latitude, self.longitude = np.array(means).T
+        self.register_buffer("place", torch.from_numpy(self._places(train, known, gazetteer)))
+
+    place: Tensor
+    """[classes, 2] latitude and longitude: the mean place of the class's training photos, else of the gazetteer."""
+
+    def _places(self, train: Photos, known: np.ndarray, gazetteer: Gazetteer) -> np.ndarray:
+        targets = self.targets.numpy()[known]
+        sums = np.zeros((len(self.classes), 3))
+        np.add.at(sums, targets, unit_vectors(train.latitude[known], train.longitude[known]))
+        counts = np.bincount(targets, minlength=len(self.classes))
+        return np.array([
+            _direction(one) if count else _in_gazetteer(label, gazetteer)
+            for one, count, label in zip(sums, counts, self.classes, strict=True)
+        ])  # fmt: skip
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [B, classes] of features [B, d]; these have norm 1, so a fixed temperature of 20 goes with them."""
@@ -61,11 +67,11 @@ class LabelHead(nn.Module):
 
     def country(self, found: np.ndarray, gazetteer: Gazetteer) -> np.ndarray:
         """Numbers in the gazetteer, -1 where it does not have them, of the countries of classes [N]."""
-        number = {name: i for i, name in enumerate(gazetteer.countries)}
         if self.kind == "cell":
-            return gazetteer.country[gazetteer.nearest(self.latitude, self.longitude)][found]
+            places = self.place.cpu().numpy()
+            return gazetteer.country[gazetteer.nearest(places[:, 0], places[:, 1])][found]
         names = [label[0] if isinstance(label, tuple) else label for label in self.classes]
-        return np.array([number.get(str(name), -1) for name in names])[found]
+        return np.array([gazetteer.country_number(str(name)) for name in names])[found]
 
 
 def _cells(train: Photos, cells: int, seed: int) -> list[int]:
@@ -82,7 +88,8 @@ def _in_gazetteer(label: object, gazetteer: Gazetteer) -> tuple[float, float]:
     if isinstance(label, tuple):
         number = gazetteer.find(*label)
     else:
-        number = int(gazetteer.top(gazetteer.countries.index(label), 1)[0]) if label in gazetteer.countries else None
+        country = gazetteer.country_number(str(label))
+        number = int(gazetteer.top(country, 1)[0]) if country >= 0 else None
     if number is None:
         raise UserError(f"{label}: no coordinates in the training photos, and not in the gazetteer: give either")
     return float(gazetteer.latitude[number]), float(gazetteer.longitude[number])
@@ -90,7 +97,12 @@ def _in_gazetteer(label: object, gazetteer: Gazetteer) -> tuple[float, float]:
 
 def mean_place(latitude: np.ndarray, longitude: np.ndarray) -> tuple[float, float]:
     """The place on the sphere nearest to all of [N]: the direction of their mean; (0, 0) if there is none."""
-    x, y, z = unit_vectors(latitude, longitude).mean(0)
+    return _direction(unit_vectors(latitude, longitude).mean(0))
+
+
+def _direction(vector: np.ndarray) -> tuple[float, float]:
+    """Degrees of a vector from the centre of the sphere."""
+    x, y, z = vector
     if not np.hypot(np.hypot(x, y), z) > 1e-12:
         return 0.0, 0.0
     return float(np.degrees(np.arctan2(z, np.hypot(x, y)))), float(np.degrees(np.arctan2(y, x)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from metazoo.errors import UserError
 
@@ -29,12 +29,15 @@ class SyntheticCaptioner:
             (piece.strip("[]"), piece.startswith("[")) for piece in re.split(r"(\[[^]]*\])", template) if piece
         ]
 
-    def __call__(self, labels: Mapping[str, str | None], where: str = "labels") -> str:
+    def __call__(
+        self, labels: Mapping[str, str | None], where: str = "labels", drop: Callable[[], bool] | None = None
+    ) -> str:
         """The caption of one photo.
 
         Args:
             labels: of city, region, country, those that there are; None, "" or absent where not known.
             where: named if something is missing.
+            drop: whether a part in brackets is left out though its level is known [default: never].
 
         Raises:
             UserError: a level that stands outside brackets is missing.
@@ -48,7 +51,7 @@ class SyntheticCaptioner:
                     f"{where}: no {missing[0]}, which the template {self.template!r} needs: give it, or put "
                     f"[… {{{missing[0]}}}] in brackets"
                 )
-            if not missing:
+            if not missing and not (optional and drop is not None and drop()):
                 found.append(text.format_map(held))
         return "".join(found)
 
@@ -69,6 +72,8 @@ def caption(options: CaptionOptions) -> str:
     from streetclip import data
 
     assert options.labels is not None
+    if options.output is not None and options.output.exists():
+        raise UserError(f"--output {options.output} is there already: give another, or take it away")
     table = data.read_table(options.labels, ("country",) if "{country}" in options.template else ())
     captioner = SyntheticCaptioner(options.template)
     found = [
@@ -77,6 +82,8 @@ def caption(options: CaptionOptions) -> str:
     ]
     if options.output is None:
         return "\n".join(found)
+    if "caption" in table.columns:
+        raise UserError(f"{options.labels} has a column caption already: take it away")
     table["caption"] = found
     runfolder.write_text(options.output, table.to_csv(index=False))
     return f"{len(found)} captions written to {options.output}"

@@ -24,9 +24,12 @@ def check_template(option: str, template: str, needs: tuple[str, ...] = ()) -> N
     if not re.fullmatch(r"[^][]*(\[[^][]*\][^][]*)*", template):
         raise UserError(f"{option} {template!r}: square brackets must close and hold no others")
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parsed = [piece for piece in string.Formatter().parse(template) if piece[1] is not None]
     except ValueError as error:
         raise UserError(f"{option} {template!r}: {error}: write as {FULL_CAPTION!r}") from error
+    if any(form or conversion for _, _, form, conversion in parsed):
+        raise UserError(f"{option} {template!r}: a place stands in braces alone: {{city}}")
+    fields = [str(name) for _, name, _, _ in parsed]
     if unknown := [name for name in fields if name not in LEVELS]:
         raise UserError(f"{option} {template!r}: {{{unknown[0]}}} is none of {{city}}, {{region}}, {{country}}")
     if missing := [name for name in needs if name not in fields]:
@@ -87,6 +90,8 @@ class Config:
     """Synthetic-caption pre-training; CLIP as it is; or a linear softmax head on the image tower, trained with it."""
     template: str = FULL_CAPTION
     """Caption of a training photo; what stands in square brackets is left out where a photo lacks its level."""
+    drop_levels: float = 0.0
+    """Share of training captions that lose each part in square brackets, at random (ours)."""
     targets: Literal["hard", "soft"] = "hard"
     """Contrastive targets: each photo's own caption, or all equal captions of the batch alike."""
     towers: Literal["both", "image", "text"] = "both"
@@ -108,7 +113,7 @@ class Config:
     weight_decay: float = 0.01
     """Of AdamW, not on biases, norms and the temperature."""
     warmup: int = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, of each phase."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after it."""
     clip: float = 0.0
@@ -138,8 +143,11 @@ class Config:
         for name in ("weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give 0 or more")
-        if not 0 <= self.local_words <= 1:
-            raise UserError(f"--local-words is {self.local_words}: give 0 to 1")
+        for name in ("local_words", "drop_levels"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give 0 to 1")
+        if self.drop_levels and "[" not in self.template:
+            raise UserError(f"--drop-levels: --template {self.template!r} has nothing in square brackets")
         if self.model == "tiny" and self.width % self.heads:
             raise UserError(f"--width is {self.width}, --heads {self.heads}: give a multiple of it")
         if self.model == "tiny" and 32 % self.patch:
@@ -152,6 +160,8 @@ class Config:
             raise UserError("--generic-steps are for --dataset world --model tiny: give 0")
         if self.dataset in ("im2gps", "im2gps3k") and self.method != "clip":
             raise UserError(f"--dataset {self.dataset} is for evaluation: give --method clip")
+        if self.method == "label-head" and not self.steps:
+            raise UserError("--method label-head learns its head: give --steps 1 or more")
         if self.method == "label-head" and self.towers == "text":
             raise UserError("--method label-head has no text tower: give --towers both or image")
 
@@ -201,12 +211,12 @@ class PredictOptions:
     """geonames, or a .csv with columns city, country, latitude, longitude and, if any, region, population."""
     mode: Literal["hierarchical", "flat", "soft"] = "hierarchical"
     """Country, then city; all cities at once; or the greatest sum of both log probabilities."""
-    cities: int = 30
-    """Most populous cities of a country that are asked for."""
-    country_template: str = COUNTRY_CAPTION
-    """Caption of a country."""
-    city_template: str = CITY_CAPTION
-    """Caption of a city."""
+    cities: int | None = None
+    """Most populous cities of a country that are asked for [default: the run's, or 30]."""
+    country_template: str | None = None
+    """Caption of a country [default: the run's, or "A Street View photo in {country}."]."""
+    city_template: str | None = None
+    """Caption of a city [default: the run's, or "A Street View photo from {city}."]."""
     ensemble: tuple[str, ...] = ()
     """Further templates of a country; its embedding is the mean of all."""
     us_states: bool = False
@@ -216,7 +226,7 @@ class PredictOptions:
     batch_size: int = 32
     """Photos that are encoded at a time."""
     skip_bad: bool = False
-    """Leave out photos that cannot be read, naming them, instead of stopping."""
+    """Photos that cannot be read are named and left out; without this it ends as an error, with the others' results."""
     map: bool = True
     """Write the map, with a thumbnail of each photo."""
     cache_dir: Path | None = None
@@ -228,8 +238,10 @@ class PredictOptions:
         _at_least(self, top_k=1, cities=1, batch_size=1)
         if not self.photos:
             raise UserError("no --photos: give photos, or folders of photos")
-        check_template("--country-template", self.country_template, ("country",))
-        check_template("--city-template", self.city_template, ("city",))
+        if self.country_template is not None:
+            check_template("--country-template", self.country_template, ("country",))
+        if self.city_template is not None:
+            check_template("--city-template", self.city_template, ("city",))
         for template in self.ensemble:
             check_template("--ensemble", template, ("country",))
 

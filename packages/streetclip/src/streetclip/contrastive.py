@@ -37,12 +37,14 @@ def logits(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
     return log_scale.exp() * images @ texts.T
 
 
-def soft_targets(same: Tensor) -> Tensor:
+def soft_targets(same: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Each photo's probability over captions [B, B]: shared among all equal to its own. ``same``: [B, B] bool."""
-    return same.float() / same.sum(1, keepdim=True)
+    return same.to(dtype) / same.sum(1, keepdim=True)
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor, same: Tensor | None = None) -> Losses:
+def contrastive_loss(
+    images: Tensor, texts: Tensor, log_scale: Tensor, same: Tensor | None = None, *, soft: bool = False
+) -> Losses:
     """CLIP's loss of a batch.
 
     With hard targets, captions that occur n_c times keep the loss of the classifier at or above
@@ -52,17 +54,15 @@ def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor, same: Ten
         images: [B, d], norm 1.
         texts: [B, d], norm 1, in the same order.
         log_scale: τ, 0-d.
-        same: [B, B] whether captions are equal, for soft targets; None: each photo's own caption is its only one.
+        same: [B, B] whether captions are equal; None: no two are.
+        soft: targets are shared among equal captions; else each photo's own is its only one.
     """
     found = logits(images, texts, log_scale)
     own = torch.arange(len(images), device=images.device)
-    if same is None:
-        classifier, representation = F.cross_entropy(found, own), F.cross_entropy(found.T, own)
-        best = found.argmax(1) == own
-    else:
-        targets = soft_targets(same)
-        classifier, representation = F.cross_entropy(found, targets), F.cross_entropy(found.T, targets)
-        best = same.gather(1, found.argmax(1, keepdim=True)).squeeze(1)
+    same = torch.eye(len(images), dtype=torch.bool, device=images.device) if same is None else same
+    targets = soft_targets(same, found.dtype) if soft else own
+    classifier, representation = F.cross_entropy(found, targets), F.cross_entropy(found.T, targets)
+    best = same.gather(1, found.argmax(1, keepdim=True))
     return Losses((classifier + representation) / 2, classifier, representation, best.float().mean())
 
 
@@ -74,6 +74,8 @@ def backward(
     log_scale: Tensor,
     accelerator: Accelerator,
     same: Tensor | None = None,
+    *,
+    soft: bool = False,
 ) -> Losses:
     """Accumulate in ``.grad`` this process's part of the gradient of :func:`contrastive_loss` on the whole batch.
 
@@ -89,6 +91,7 @@ def backward(
         log_scale: τ, 0-d, a leaf.
         accelerator: of this process.
         same: [B, B] whether captions are equal, in the order of process, then of micro-batch.
+        soft: as of :func:`contrastive_loss`.
     """
     single = len(pixels) == 1
     with torch.set_grad_enabled(single):
@@ -97,7 +100,7 @@ def backward(
     here = [torch.cat(features).detach() for features in (images, texts)]
     whole = [_gathered(features, accelerator).requires_grad_() for features in here]
     scale = log_scale.detach().requires_grad_()
-    found = contrastive_loss(whole[0], whole[1], scale, same)
+    found = contrastive_loss(whole[0], whole[1], scale, same, soft=soft)
     gradients = torch.autograd.grad(found.loss, [*whole, scale])
     rank, count = accelerator.process_index, len(here[0])
     mine = [gradient[rank * count : (rank + 1) * count] for gradient in gradients[:2]]

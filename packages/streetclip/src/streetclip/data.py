@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +17,7 @@ import torch
 from metazoo import data as files
 from metazoo import runfolder
 from metazoo.errors import UserError
+from PIL import Image
 from torch import Tensor
 
 from streetclip import images, world
@@ -60,9 +65,15 @@ class Photos:
         """
         chosen = np.asarray(chosen, dtype=int)
         if self.arrays is not None:
-            return scaled(self.arrays[chosen], clip)
+            if self.arrays.shape[1:3] == (clip.model.config.vision_config.image_size,) * 2:
+                return scaled(self.arrays[chosen], clip)
+            return clip.pixels([Image.fromarray(one) for one in self.arrays[chosen]])
         assert self.sources is not None
-        return clip.pixels([_image(self.sources[i], self.names[i]) for i in chosen.tolist()])
+        return clip.pixels(list(_readers().map(self._open, chosen.tolist())))
+
+    def _open(self, i: int) -> Image.Image:
+        assert self.sources is not None
+        return _image(self.sources[i], self.names[i])
 
     def take(self, chosen: np.ndarray) -> Photos:
         """Those with these numbers."""
@@ -82,12 +93,21 @@ def scaled(arrays: np.ndarray, clip: Clip) -> Tensor:
     return (torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255 - mean) / deviation
 
 
-def _image(source: Any, name: str) -> Any:
+@lru_cache(maxsize=1)
+def _readers() -> ThreadPoolExecutor:
+    """Threads that decode photos."""
+    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="photos")
+
+
+def _image(source: Any, name: str) -> Image.Image:
     if isinstance(source, Path):
         return images.read_photo(source)
-    image = source.held[source.number]["image"]
-    if image is None:
-        raise UserError(f"{name}: no image in the data set: leave the row out")
+    try:
+        image = source.held[source.number]["image"]
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise UserError(f"{name}: cannot be read ({' '.join(str(error).split())}): leave the row out") from error
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{name}: the column image holds {type(image).__name__}, no image: cast it to datasets.Image")
     return images.to_rgb(image)
 
 
@@ -182,7 +202,6 @@ def make_world(options: WorldOptions) -> str:
         UserError: the folder is not empty.
     """
     import pandas as pd
-    from PIL import Image
 
     folder = options.output_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -233,8 +252,10 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         with path.open(encoding="utf-8-sig", newline="") as opened:
             header = next(csv.reader(opened), [])
             opened.seek(0)
-            table = pd.read_csv(opened, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row that is too long
+                table = pd.read_csv(opened, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError, pd.errors.ParserWarning) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as a table ({reason}): give a .csv in UTF-8") from error
     if twice := next((name for name in header if header.count(name) > 1), None):
@@ -314,7 +335,9 @@ def _split(table: pd.DataFrame, sources: Sequence[Any], where: object) -> tuple[
         numbers_of(table, column, where, may_lack=True) if column in table.columns else np.full(len(table), np.nan)
         for column in ("latitude", "longitude")
     ]
-    known = ~np.isnan(degrees[0]) & ~np.isnan(degrees[1])
+    if (half := np.isnan(degrees[0]) != np.isnan(degrees[1])).any():
+        raise UserError(f"{where}, line {int(half.argmax()) + 2}: latitude or longitude alone: give both, or none")
+    known = ~np.isnan(degrees[0])
     lines = np.flatnonzero(known)
     check_coordinates(degrees[0][known], degrees[1][known], lambda i: f"{where}, line {lines[i] + 2}")
     photos = Photos(tuple(table["image"]), *columns, *degrees, None, sources)
@@ -342,7 +365,7 @@ def _from_hub(name: str, config: Config) -> tuple[Photos | None, Photos | None]:
 
     try:
         held = datasets.load_dataset(name)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {name!r} from the hub ({reason}): give another id, or a .csv") from error
     tables, sources = [], []
@@ -352,14 +375,13 @@ def _from_hub(name: str, config: Config) -> tuple[Photos | None, Photos | None]:
         if missing := [column for column in ("image", "country") if column not in held[split].column_names]:
             raise UserError(f"hub data set {name}: no column {missing[0]!r}: give another")
         kept = [c for c in (*LEVELS, "latitude", "longitude") if c in held[split].column_names]
-        table = held[split].select_columns(kept).to_pandas()
-        table = pd.DataFrame({c: ["" if v is None or v != v else str(v) for v in table[c]] for c in kept})
+        table = pd.DataFrame({column: _texts(held[split], column) for column in kept})
         table["image"], table["split"] = [f"{split}-{i}" for i in range(len(table))], split
         tables.append(table)
         sources += [HubImage(held[split], i) for i in range(len(table))]
     if not tables:
         raise UserError(f"hub data set {name}: no split train or test, only {', '.join(held)}")
-    return _split(pd.concat(tables, ignore_index=True), sources, f"hub data set {name}")
+    return _split(pd.concat(tables, ignore_index=True).fillna(""), sources, f"hub data set {name}")
 
 
 @dataclass(frozen=True)
@@ -368,6 +390,14 @@ class HubImage:
 
     held: Any
     number: int
+
+
+def _texts(held: Any, column: str) -> list[str]:
+    """A column as texts: names of class labels, "" where there is nothing."""
+    labels, values = held.features[column], held.with_format(None)[column]
+    if hasattr(labels, "int2str"):
+        values = [None if value is None or value < 0 else labels.int2str(value) for value in values]
+    return ["" if value is None or value != value else str(value) for value in values]
 
 
 def _by_place(train: Photos | None, test: Photos | None) -> dict[str, Photos]:
@@ -379,7 +409,7 @@ def _by_place(train: Photos | None, test: Photos | None) -> dict[str, Photos]:
     places, countries = set(zip(train.country, train.city, strict=True)), set(train.country)
     kinds = np.array([
         "unseen_countries" if country not in countries
-        else "unseen_cities" if (country, city) not in places else "seen"
+        else "unseen_cities" if city and (country, city) not in places else "seen"
         for country, city in zip(test.country, test.city, strict=True)
     ])  # fmt: skip
     groups = ("seen", "unseen_cities", "unseen_countries")
@@ -388,9 +418,13 @@ def _by_place(train: Photos | None, test: Photos | None) -> dict[str, Photos]:
 
 def batch_of(count: int, size: int, step: int, seed: int, phase: int) -> np.ndarray:
     """Photos [size] of a step: epoch after epoch, each in an order of its own."""
-    first = step * size
-    found = []
+    first, found = step * size, np.empty(0, dtype=int)
     while len(found) < size:
         epoch, start = divmod(first + len(found), count)
-        found += np.random.default_rng([seed, phase, epoch]).permutation(count)[start:].tolist()
-    return np.array(found[:size])
+        found = np.concatenate([found, _epoch(count, seed, phase, epoch)[start : start + size - len(found)]])
+    return found
+
+
+@lru_cache(maxsize=2)
+def _epoch(count: int, seed: int, phase: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, phase, epoch]).permutation(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,12 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
     source = _with_options(run, options)
     if not source.tests:
         raise UserError(f"{run.config.dataset}: no test photos: give a column split with train and test")
+    if options.knn and source.train is not None and np.isnan(source.train.latitude).any():
+        raise UserError("--knn needs coordinates of all training photos: give them, or --knn 0")
+    if options.knn and source.train is None:
+        raise UserError(f"--knn needs training photos, and {run.config.dataset} has none: leave it out")
+    if run.head is not None and (options.mode != "hierarchical" or options.ensemble or options.city_template):
+        raise UserError("a label head is asked by no caption: leave --mode, --ensemble and --city-template out")
     found: dict[str, Any] = {}
     scored: dict[str, Scored] = {}
     features = {name: encode(run.clip, photos, options.batch_size) for name, photos in source.tests.items()}
@@ -134,7 +141,7 @@ def score(locator: HierarchicalZeroShotGeolocator, features: Tensor, photos: Pho
         right = np.zeros(len(city), dtype=bool)
         for country in np.unique(held.country[known]):
             rows = np.flatnonzero(known & (held.country == country))
-            numbers = places.top(int(country), locator.cities)
+            numbers = locator.candidates(int(country))
             best = locator.within(features[torch.from_numpy(rows).to(features.device)], int(country)).argmax(1)
             right[rows] = numbers[best.cpu().numpy()] == city[rows]
         held.summary["city_given_country"] = 100 * float(right[known].mean())
@@ -145,12 +152,13 @@ def score_head(head: LabelHead, features: Tensor, photos: Photos, gazetteer: Gaz
     """Of photos with coordinates, by a head of fixed classes."""
     with torch.no_grad():
         logits = head(features)
-    probabilities, classes = logits.softmax(-1).max(1)
-    found = classes.cpu().numpy()
-    country = head.country(found, gazetteer)
-    held = _scored(
-        photos, gazetteer, head.latitude[found], head.longitude[found], country, probabilities.double().cpu().numpy()
-    )
+    probabilities = logits.softmax(-1).cpu().double().numpy()
+    found = probabilities.argmax(1)
+    of = head.country(np.arange(len(head.classes)), gazetteer)
+    country = of[found]
+    sure = np.array([row[of == one].sum() for row, one in zip(probabilities, country, strict=True)])
+    places = head.place.cpu().numpy()[found]
+    held = _scored(photos, gazetteer, places[:, 0], places[:, 1], country, sure)
     if head.kind == "city":
         right = [
             head.classes[i] == pair
@@ -166,8 +174,13 @@ def _scored(
 ) -> Scored:  # fmt: skip
     errors = metrics.haversine_km(photos.latitude, photos.longitude, latitude, longitude)
     summary = metrics.geo_accuracy_at_km(errors)
-    number = {name: i for i, name in enumerate(places.countries)}
-    country = np.array([number.get(name, -1) for name in photos.country])
+    country = np.array([places.country_number(name) for name in photos.country])
+    if any(photos.country) and (country < 0).any():
+        lost = sorted({name for name, i in zip(photos.country, country, strict=True) if i < 0})
+        if (country < 0).all():
+            raise UserError(f"{places.name}: none of the photos' countries, as {lost[0]!r}, is in it: give a gazetteer")
+        summary["labelled"] = 100 * float((country >= 0).mean())
+        print(f"not in {places.name}, not counted as countries: {', '.join(lost)}", file=sys.stderr)
     if not any(photos.country):  # coordinates alone: the country of the nearest city
         country = places.country[places.nearest(photos.latitude, photos.longitude)]
     known = country >= 0
@@ -186,8 +199,6 @@ def _beside(
     if source.train is not None:
         guesses["constant"] = baselines.constant(source.train, len(photos))
         if learned is not None:
-            if np.isnan(source.train.latitude).any():
-                raise UserError("--knn needs coordinates of all training photos: give them, or --knn 0")
             guesses["knn"] = baselines.nearest_neighbours(
                 learned.cpu().numpy(), source.train, features.cpu().numpy(), knn
             )

@@ -25,6 +25,17 @@ _NOT_IN_PAPER = {
     "NU", "PF", "PM", "PN", "PR", "RE", "SH", "SJ", "ST", "SX", "TC", "TF", "TK", "UM", "VA", "VG", "VI", "WF", "YT",
     "CS", "AN",
 }  # fmt: skip
+# Names of countries that are neither GeoNames' nor codes.
+_ALIASES = {
+    "czech republic": "CZ", "czechia": "CZ", "netherlands": "NL", "the netherlands": "NL", "palestine": "PS",
+    "swaziland": "SZ", "eswatini": "SZ", "ivory coast": "CI", "côte d'ivoire": "CI", "cote d'ivoire": "CI",
+    "east timor": "TL", "timor-leste": "TL", "usa": "US", "united states of america": "US", "uk": "GB",
+    "great britain": "GB", "the bahamas": "BS", "the gambia": "GM", "cape verde": "CV", "burma": "MM",
+    "macedonia": "MK", "congo (kinshasa)": "CD", "congo (brazzaville)": "CG", "türkiye": "TR", "turkiye": "TR",
+    "south korea": "KR", "korea": "KR", "russian federation": "RU", "viet nam": "VN", "vatican city": "VA",
+    "federated states of micronesia": "FM", "macau": "MO", "réunion": "RE", "curaçao": "CW",
+    "são tomé and príncipe": "ST",
+}  # fmt: skip
 _PAPER_NAMES = {
     "CZ": "Czech Republic", "CI": "Côte d'Ivoire", "TL": "East Timor", "NL": "Netherlands", "PS": "Palestine",
     "SZ": "Swaziland",
@@ -33,11 +44,11 @@ _PAPER_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Gazetteer:
-    """Cities, by number, and their countries; (country, city) names one place.
+    """Cities, by number, and their countries.
 
     Attributes:
         countries: [C] names.
-        cities: [N] names. A name that a country has several times is its most populous place's only.
+        cities: [N] names; one that a country has several times is looked up as its most populous place.
         country: [N] number of the country.
         latitude, longitude: [N] degrees.
         population: [N].
@@ -46,7 +57,7 @@ class Gazetteer:
         extra: (name, number of the country) of further names that a country is asked for by, as "Texas, United States".
 
     Raises:
-        UserError: no city, a country without one, coordinates outside their range or not finite, or a name twice.
+        UserError: no city, a country without one or there twice, coordinates outside their range or not finite.
     """
 
     countries: tuple[str, ...]
@@ -66,6 +77,11 @@ class Gazetteer:
         for level, names in (("country", self.countries), ("city", self.cities)):
             if any(not name.strip() for name in names):
                 raise UserError(f"{self.name}: a {level} without a name: fill it in, or leave the row out")
+        sizes = {len(one) for one in (self.cities, self.country, self.latitude, self.longitude, self.population)}
+        if len(sizes) > 1 or self.country.min() < 0 or self.country.max() >= len(self.countries):
+            raise UserError(
+                f"{self.name}: cities, countries and coordinates do not go together: give one for each city"
+            )
         if twice := _twice(self.countries):
             raise UserError(f"{self.name}: country {twice!r} is there twice: once, please")
         alone = np.bincount(self.country, minlength=len(self.countries)) == 0
@@ -115,9 +131,13 @@ class Gazetteer:
                 row = int(table[column].isna().to_numpy().argmax())
                 raise UserError(f"{name}, row {row + 1}: no {column}: fill it in, or leave the row out")
             table[column] = table[column].astype(str).str.strip()
-        table["population"] = pd.to_numeric(table.get("population", pd.Series(0, table.index)), errors="coerce").fillna(
-            0
-        )
+        given = table["population"] if "population" in table else pd.Series(0, table.index)
+        population = pd.to_numeric(given, errors="coerce")
+        wrong = (population.isna() & given.notna() & (given.astype(str).str.strip() != "")).to_numpy()
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise UserError(f"{name}, row {row + 1}: population is {given.iloc[row]!r}: give a number")
+        table["population"] = population.fillna(0)
         region = table["region"] if "region" in table else pd.Series("", index=table.index)
         table["region"] = region.fillna("").astype(str)
         table = table.sort_values("population", ascending=False, kind="stable").drop_duplicates(["country", "city"])
@@ -174,15 +194,26 @@ class Gazetteer:
 
         return cKDTree(unit_vectors(self.latitude, self.longitude))
 
-    def find(self, country: str, city: str) -> int | None:
-        """Number of a city by both names, or None."""
-        return self._numbers.get((country, city))
+    def country_number(self, name: str) -> int:
+        """Number of a country by its name, its ISO code, or another name of it; -1 if there is none."""
+        return self._country_numbers.get(name.strip().casefold(), -1)
 
     @cached_property
-    def _numbers(self) -> dict[tuple[str, str], int]:
+    def _country_numbers(self) -> dict[str, int]:
+        by_code = {code: i for i, code in enumerate(self.codes) if code}
+        found = {alias: by_code[code] for alias, code in _ALIASES.items() if code in by_code}
+        found |= {code.casefold(): i for code, i in by_code.items()}
+        return found | {name.casefold(): i for i, name in enumerate(self.countries)}
+
+    def find(self, country: str, city: str) -> int | None:
+        """Number of a city by both names, or None."""
+        return self._numbers.get((self.country_number(country), city.strip().casefold()))
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[int, str], int]:
         # of two that share a name, as GeoNames has some, the more populous
-        order = np.argsort(self.population, kind="stable")
-        return {(self.countries[self.country[i]], self.cities[i]): int(i) for i in order}
+        order = np.argsort(-self.population, kind="stable")[::-1]
+        return {(int(self.country[i]), self.cities[i].casefold()): int(i) for i in order}
 
 
 def unit_vectors(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ coordinates, looked up by country and city.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,7 @@ class HierarchicalZeroShotGeolocator:
         self.texts_encoded = 0
         self._kept: dict[str, Tensor] = {}
         self._weights: dict[object, Tensor] = {}
+        self._candidates: dict[int, np.ndarray] = {}
         self._cache = None if cache_dir is None else _Cache(Path(cache_dir), clip)
 
     @classmethod
@@ -131,15 +133,33 @@ class HierarchicalZeroShotGeolocator:
     ) -> HierarchicalZeroShotGeolocator:  # fmt: skip
         """Of a CLIP by hub id ("geolocal/StreetCLIP"), its folder, or the folder of a run; as the class.
 
+        A run's templates and number of cities hold where no others are given.
+
         Args:
             device: where to compute [default: the accelerator, if there is one].
         """
         from streetclip.model import Clip
 
         folder = Path(source)
-        clip = Clip.from_pretrained(folder / "model" if (folder / "model" / "config.json").is_file() else source)
-        clip.to(device or torch.accelerator.current_accelerator() or "cpu")
-        return cls(clip, gazetteer, **options)  # type: ignore[arg-type]
+        if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").is_dir():
+            from metazoo import runfolder
+
+            from streetclip.config import Config
+
+            config = runfolder.open_run(folder, Config)
+            if config.method == "label-head":
+                raise UserError(
+                    f"{source} is a label head, which names no place that it was not trained on: give a CLIP"
+                )
+            if not (folder / "model" / "config.json").is_file():
+                raise UserError(f"{source} has no model yet: finish it with --resume first")
+            for name in ("country_template", "city_template", "cities"):
+                if options.get(name) is None:
+                    options[name] = getattr(config, name)
+            source = folder / "model"
+        clip = Clip.from_pretrained(source)
+        clip.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        return cls(clip, gazetteer, **{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
 
     # ---- classifiers from names
 
@@ -181,17 +201,25 @@ class HierarchicalZeroShotGeolocator:
     def city_weights(self, country: int) -> Tensor:
         """[K, d] of the cities of a country that are asked for."""
         if country not in self._weights:
-            self._weights[country] = self._features(
-                [self._caption(i) for i in self.gazetteer.top(country, self.cities)]
-            )
+            self._weights[country] = self._features([self._caption(i) for i in self.candidates(country)])
         return self._weights[country]
 
     def all_city_weights(self) -> Tensor:
-        """[N, d] of the cities of all countries that are asked for, in the order of ``gazetteer.candidates``."""
+        """[N, d] of the cities of all countries that are asked for, in the order of :meth:`all_candidates`."""
         if "cities" not in self._weights:
-            candidates = self.gazetteer.candidates(self.cities)
-            self._weights["cities"] = self._features([self._caption(i) for i in candidates])
+            self._weights["cities"] = self._features([self._caption(i) for i in self.all_candidates()])
         return self._weights["cities"]
+
+    def candidates(self, country: int) -> np.ndarray:
+        """Numbers of a country's cities that are asked for, most populous first; of equal captions the first alone."""
+        if country not in self._candidates:
+            held = {self._caption(i): i for i in reversed(self.gazetteer.top(country, self.cities).tolist())}
+            self._candidates[country] = np.array(list(reversed(held.values())))
+        return self._candidates[country]
+
+    def all_candidates(self) -> np.ndarray:
+        """Those of all countries, one after another."""
+        return np.concatenate([self.candidates(country) for country in range(len(self.gazetteer.countries))])
 
     def _caption(self, city: int) -> str:
         places = self.gazetteer
@@ -204,6 +232,10 @@ class HierarchicalZeroShotGeolocator:
     @torch.no_grad()
     def locate(self, features: Tensor, top_k: int = 1) -> Located:
         """The best cities of photos by their features [N, d]."""
+        parts = [self._locate(part, top_k) for part in features.split(4096)]
+        return Located(*(np.concatenate(one) for one in zip(*parts, strict=True)))
+
+    def _locate(self, features: Tensor, top_k: int) -> Located:
         if self.mode == "flat":
             return self._flat(features, top_k)
         asked = (self.clip.log_scale.exp() * features @ self.country_weights().T).softmax(-1)
@@ -222,7 +254,7 @@ class HierarchicalZeroShotGeolocator:
             k = min(top_k, inside.shape[1])
             values, found = inside.sort(dim=1, descending=True, stable=True)
             here = rows.cpu().numpy()
-            numbers = self.gazetteer.top(country, self.cities)
+            numbers = self.candidates(country)
             cities[here, :k] = numbers[found[:, :k].cpu().numpy()]
             probabilities[here, :k] = (values[:, :k] * countries[rows, country, None]).cpu().numpy()
         return Located(cities, probabilities, countries.cpu().numpy())
@@ -233,15 +265,17 @@ class HierarchicalZeroShotGeolocator:
         return (self.clip.log_scale.exp() * features @ self.city_weights(country).T).softmax(-1)
 
     def _flat(self, features: Tensor, top_k: int) -> Located:
-        candidates = self.gazetteer.candidates(self.cities)
+        candidates = self.all_candidates()
         probabilities = (self.clip.log_scale.exp() * features @ self.all_city_weights().T).softmax(-1)
         of = torch.tensor(self.gazetteer.country[candidates], device=features.device)
         countries = torch.zeros(len(features), len(self.gazetteer.countries), device=features.device)
         countries.index_add_(1, of, probabilities)
-        return _best(candidates, probabilities, countries, top_k)
+        # of cities with one caption, as London and London, the most populous
+        order = np.argsort(-self.gazetteer.population[candidates], kind="stable")
+        return _best(candidates[order], probabilities[:, torch.from_numpy(order)], countries, top_k)
 
     def _soft(self, features: Tensor, countries: Tensor, top_k: int) -> Located:
-        candidates = self.gazetteer.candidates(self.cities)
+        candidates = self.all_candidates()
         logits = self.clip.log_scale.exp() * features @ self.all_city_weights().T
         of = self.gazetteer.country[candidates]
         sizes = np.bincount(of).tolist()
@@ -271,7 +305,7 @@ class HierarchicalZeroShotGeolocator:
         """Where photos were taken.
 
         Args:
-            photos: images of any mode, or paths of files.
+            photos: images of any mode, or paths of files; or a single one.
             top_k: places and countries that each gets.
             batch_size: photos that are encoded at a time.
 
@@ -280,6 +314,8 @@ class HierarchicalZeroShotGeolocator:
         """
         if top_k < 1:
             raise UserError(f"top_k is {top_k}: give 1 or more")
+        if isinstance(photos, str) or not isinstance(photos, Sequence):
+            photos = [photos]
         return self.predictions(self.locate(self.features(photos, batch_size), top_k), top_k)
 
     def predictions(self, located: Located, top_k: int = 5) -> list[GeoPrediction]:
@@ -355,10 +391,10 @@ class _Cache:
         except (OSError, SafetensorError):
             held = {}
         held |= {name: value.detach().cpu().contiguous() for name, value in features.items()}
-        beside = self.path.with_suffix(".tmp")
+        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(held, beside)
             beside.replace(self.path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"--cache-dir {self.path.parent}: cannot be written into: give another") from error

@@ -1,4 +1,4 @@
-"""A map of predictions in one HTML file: scripts, outlines and thumbnails are in it, no network is needed."""
+"""A map of predictions in one HTML file: scripts, cities and thumbnails are in it, no network is needed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import ImageOps
 
 from streetclip.gazetteer import Gazetteer
 from streetclip.geolocator import GeoPrediction
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 _TOOLTIP = """
 <div style="max-width: 340px; font: 13px sans-serif">
 <img src="@thumbnail" style="max-width: 160px; max-height: 160px; float: left; margin: 0 8px 4px 0">
-<b>@name</b><br>@city, @country<br>@latitude{0.00}°, @longitude{0.00}°<br>
+<b>@name{safe}</b><br>@city{safe}, @country{safe}<br>@latitude{0.00}°, @longitude{0.00}°<br>
 country @country_probability{0.0%}, place @probability{0.0%}<br>
-<span style="white-space: pre-line; color: #555">@others</span>
+<span style="white-space: pre-line; color: #555">@others{safe}</span>
 </div>
 """
 
@@ -29,7 +30,7 @@ country @country_probability{0.0%}, place @probability{0.0%}<br>
 def page(
     names: Sequence[str],
     found: Sequence[GeoPrediction],
-    thumbnails: Sequence[Image],
+    thumbnails: Sequence[str],
     taken: Sequence[tuple[float, float] | None],
     gazetteer: Gazetteer,
 ) -> str:
@@ -39,7 +40,8 @@ def page(
     The gazetteer's cities, as grey dots, show the land.
 
     Args:
-        names, found, thumbnails: [N], of photos.
+        names, found: [N], of photos.
+        thumbnails: [N] of :func:`data_uri`.
         taken: [N] (latitude, longitude), or None.
     """
     from bokeh.embed import file_html
@@ -47,8 +49,10 @@ def page(
     from bokeh.plotting import figure
     from bokeh.resources import INLINE
 
+    source = " (grey: cities of GeoNames, CC BY 4.0)" if gazetteer.name == "geonames" else ""
     plot = figure(
-        title=f"{len(found)} photos: where they may have been taken", sizing_mode="stretch_both", min_height=400,
+        title=f"{len(found)} photos: where they may have been taken{source}", sizing_mode="stretch_both",
+        min_height=400,
         x_range=Range1d(-180, 180), y_range=Range1d(-90, 90), match_aspect=True,
         tools="pan,wheel_zoom,box_zoom,reset,save", active_scroll="wheel_zoom", x_axis_label="longitude [°]",
         y_axis_label="latitude [°]", output_backend="canvas",
@@ -81,7 +85,7 @@ def page(
         "probability": [one.probability for one in found],
         "country_probability": [one.country_probability for one in found],
         "size": [7 + 9 * one.country_probability for one in found],
-        "thumbnail": [_data_uri(image) for image in thumbnails], "others": [_listed(one) for one in found],
+        "thumbnail": list(thumbnails), "others": [_listed(one) for one in found],
     }  # fmt: skip
     points = plot.scatter(
         x="x", y="y", size="size", color="#D55E00", alpha=0.75, line_color="white", source=ColumnDataSource(columns),
@@ -100,7 +104,9 @@ def _listed(found: GeoPrediction) -> str:
     return escape("\n".join(lines))
 
 
-def _data_uri(image: Image) -> str:
+def data_uri(image: Image, side: int = 160) -> str:
+    """A thumbnail of at most ``side`` pixels, as an address that holds it."""
+    image = ImageOps.contain(image, (side, side)) if max(image.size) > side else image
     written = io.BytesIO()
     image.convert("RGB").save(written, "JPEG", quality=70)
     return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()

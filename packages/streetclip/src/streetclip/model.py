@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from metazoo.errors import UserError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -118,16 +119,17 @@ class Clip(nn.Module):
             raise UserError(f"{source}: no config.json in it: give the folder of a CLIP of transformers")
         if folder.is_dir():
             try:
-                kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+                held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise UserError(f"{folder / 'config.json'}: not JSON: give the folder of a CLIP") from error
+            kind = held.get("model_type") if isinstance(held, dict) else None
             if kind != "clip":
                 raise UserError(f"{source} holds a model of type {kind!r}: give a CLIP")
         try:
             with quiet():
                 model, info = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
                 tokenizer, processor = AutoTokenizer.from_pretrained(source), _image_processor(source)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"cannot load {source!r} ({reason}): give the hub id of a CLIP with safetensors (without a network "
@@ -135,6 +137,11 @@ class Clip(nn.Module):
             ) from error
         if missing := sorted(info["missing_keys"]):
             raise UserError(f"{source}: weights of {missing[0]} are missing ({len(missing)} in all): give a whole CLIP")
+        known, needed = len(tokenizer), model.config.text_config.vocab_size
+        if known < needed // 2:
+            raise UserError(
+                f"{source}: its tokenizer has {known} tokens, its text tower {needed}: add its tokenizer.json"
+            )
         for parameter in model.parameters():  # small updates vanish below 32 bits
             parameter.data = parameter.data.float()
         return cls(model.eval(), tokenizer, processor)
@@ -167,7 +174,10 @@ def load_model(config: Config) -> Clip:
     if config.model != "tiny":
         return Clip.from_pretrained(config.model)
     tokenizer = tiny_tokenizer()
-    both = {"hidden_size": config.width, "intermediate_size": 4 * config.width, "num_attention_heads": config.heads}
+    both = {
+        "hidden_size": config.width, "intermediate_size": 4 * config.width, "num_attention_heads": config.heads,
+        "hidden_act": "gelu",
+    }  # fmt: skip
     model = CLIPModel(
         CLIPConfig(
             text_config={
@@ -198,6 +208,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     split = pre_tokenizers.BertPreTokenizer()
     texts = [
         *templates,
+        *world.CARRIERS,
         *(word for words in world.ATTRIBUTES.values() for word in words),
         "[]{}.,'()-",
         "united states",

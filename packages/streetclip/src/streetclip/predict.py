@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from metazoo import runfolder
 from metazoo.errors import UserError
-from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from streetclip import images, metrics
+from streetclip import map as maps
 from streetclip.config import PredictOptions
 from streetclip.gazetteer import Gazetteer
 from streetclip.geolocator import GeoPrediction, HierarchicalZeroShotGeolocator
@@ -37,6 +40,12 @@ def predict(options: PredictOptions) -> dict[str, Any]:
     if (there := [name for name in OUTPUTS if (folder / name).exists()]) and not options.overwrite:
         raise UserError(f"{folder / there[0]} is there already: add --overwrite, or give another --output-dir")
     paths = images.find_photos(options.photos)
+    try:  # now, not after an hour
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error.strerror}: give another folder") from error
+    for name in there:
+        (folder / name).unlink()
     gazetteer = Gazetteer.load(options.gazetteer, countries=options.countries, us_states=options.us_states)
     locator = HierarchicalZeroShotGeolocator.from_pretrained(
         options.model, gazetteer, mode=options.mode, country_template=options.country_template,
@@ -44,45 +53,55 @@ def predict(options: PredictOptions) -> dict[str, Any]:
         cache_dir=options.cache_dir,
     )  # fmt: skip
     kept: list[Path] = []
-    found: list[GeoPrediction] = []
-    thumbnails: list[Image.Image] = []
-    skipped: list[str] = []
+    features: list[Tensor] = []
+    thumbnails: list[str] = []
+    bad: list[str] = []
     for start in tqdm(range(0, len(paths), options.batch_size), desc="streetclip", unit="batch", disable=None):
-        opened: list[Image.Image] = []
+        pixels = []
         for path in paths[start : start + options.batch_size]:
             try:
-                opened.append(images.read_photo(path))
-                kept.append(path)
+                image = images.read_photo(path)
             except UserError as error:
-                if not options.skip_bad:
-                    raise UserError(f"{error}; or add --skip-bad") from error
-                print(f"skipped {error}", file=sys.stderr)
-                skipped.append(str(path))
-        if opened:
-            found += locator.predict(opened, options.top_k, options.batch_size)
-        if options.map:
-            thumbnails += [_thumbnail(image) for image in opened]
+                print(f"left out {_shown(error)}", file=sys.stderr)
+                bad.append(_shown(path))
+                continue
+            kept.append(path)
+            pixels.append(locator.clip.pixels([image]))
+            if options.map:
+                thumbnails.append(maps.data_uri(image))
+        if pixels:
+            with torch.no_grad():
+                features.append(locator.clip.encode_images(torch.cat(pixels).to(locator.clip.device)))
     if not kept:
         raise UserError(f"none of {len(paths)} photos could be read: give others")
+    found = locator.predictions(locator.locate(torch.cat(features), options.top_k), options.top_k)
     names = _names(kept)
     taken = [images.exif_coordinates(path) for path in kept]
     rows = [_row(name, one, place) for name, one, place in zip(names, found, taken, strict=True)]
     _write(folder, rows, names, found, taken)
     if options.map:
-        from streetclip import map as maps
-
         runfolder.write_text(folder / "map.html", maps.page(names, found, thumbnails, taken, locator.gazetteer))
     errors = [row["exif_error_km"] for row in rows if row["exif_error_km"] != ""]
-    summary: dict[str, Any] = {"photos": len(kept), "skipped": len(skipped), "output_dir": str(folder)}
+    if bad and not options.skip_bad:
+        raise UserError(
+            f"{len(bad)} of {len(paths)} photos could not be read, the first {bad[0]}: mend them, or add --skip-bad; "
+            f"what was found of the others is in {folder}"
+        )
+    summary: dict[str, Any] = {"photos": len(kept), "skipped": len(bad), "output_dir": str(folder)}
     if errors:
         summary |= {"photos_with_exif": len(errors), "median_error_km_of_exif": float(np.median(errors))}
     return summary
 
 
+def _shown(text: object) -> str:
+    """As text that can be written: file names need not be UTF-8."""
+    return os.fsencode(str(text)).decode("utf-8", "replace")
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     """File names; with their folders if two are the same."""
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    names = [_shown(path.name) for path in paths]
+    return names if len(set(names)) == len(names) else [_shown(path) for path in paths]
 
 
 def _row(name: str, found: GeoPrediction, taken: tuple[float, float] | None) -> dict[str, Any]:
@@ -121,9 +140,3 @@ def _write(
     runfolder.write_text(
         folder / "predictions.json", json.dumps(listed, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    small = image.copy()
-    small.thumbnail((160, 160))
-    return small

@@ -71,7 +71,7 @@ class SyntheticCaptionTrainer:
             assert source.train is not None
             held = source.train
             self.captions = SyntheticCaptioner(config.template).all(held.city, held.region, held.country)
-            self.clip.tokenize(sorted(set(self.captions), key=len)[-64:])  # a caption that is too long is said now
+            self._check_captions()
         self.clip.to(accelerator.device)
         if self.head is not None:
             self.head.to(accelerator.device)
@@ -81,9 +81,10 @@ class SyntheticCaptionTrainer:
         decays = [value for value in parameters if value.ndim > 1]
         others = [value for value in parameters if value.ndim <= 1]
         groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
         self.parameters = parameters
         self.frozen = self._frozen()
+        self.of_head = {id(value) for value in self.head.parameters()} if self.head is not None else set()
 
     def _check(self) -> None:
         config, train, processes = self.config, self.source.train, self.accelerator.num_processes
@@ -95,10 +96,17 @@ class SyntheticCaptionTrainer:
             raise UserError(f"--batch is {config.batch}, over {processes} processes: give a multiple")
         if train is not None and self.learns and len(train) < config.batch:
             raise UserError(f"{len(train)} training photos, --batch is {config.batch}: give fewer, or more photos")
-        if self.learns and train is not None and config.method == "streetclip":
-            captions = SyntheticCaptioner(config.template).all(train.city, train.region, train.country)
-            if len(set(captions)) < 2:
-                raise UserError("all training photos have one caption: give photos of more places")
+
+    def _check_captions(self) -> None:
+        """What would fail in the middle of training is said now."""
+        different = sorted(set(self.captions))
+        if len(different) < 2:
+            raise UserError("all training photos have one caption: give photos of more places")
+        # a token is a byte or more
+        most = self.clip.model.config.text_config.max_position_embeddings
+        doubtful = [caption for caption in different if len(caption.encode()) > most - 2]
+        for start in range(0, len(doubtful), 4096):
+            self.clip.tokenize(doubtful[start : start + 4096])
 
     def _frozen(self) -> set[int]:
         """Parameters, by id, that synthetic captions do not train."""
@@ -132,12 +140,13 @@ class SyntheticCaptionTrainer:
         done = step - config.generic_steps
         if done == 0:  # as one starts from a CLIP: without the averages of its training
             self.optimizer.state.clear()
-        rate = config.generic_lr if generic else self._rate(done)
+        rate = self._rate(step if generic else done, generic)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        trained = [value for value in self.parameters if generic or id(value) not in self.frozen]
+        still = self.of_head if generic else self.frozen
+        trained = [value for value in self.parameters if id(value) not in still]
         for value in self.parameters:
-            value.requires_grad_(generic or id(value) not in self.frozen)
+            value.requires_grad_(id(value) not in still)
         self.clip.train()
         row = self._label_step(done) if self.head is not None and not generic else self._caption_step(step, generic)
         loop.sum_gradients(trained, self.accelerator)
@@ -148,10 +157,13 @@ class SyntheticCaptionTrainer:
             self.clip.log_scale.clamp_(max=math.log(config.max_scale))
         return {**row, "scale": self.clip.log_scale.exp(), "lr": rate, "grad_norm": norm, "phase": int(not generic)}
 
-    def _rate(self, done: int) -> float:
+    def _rate(self, done: int, generic: bool) -> float:
         config = self.config
+        most = config.generic_lr if generic else config.lr
         if done < config.warmup:
-            return config.lr * (done + 1) / config.warmup
+            return most * (done + 1) / config.warmup
+        if generic:
+            return most
         if config.schedule == "cosine":
             part = (done - config.warmup) / max(1, config.steps - config.warmup)
             return config.lr * (1 + math.cos(math.pi * part)) / 2
@@ -180,26 +192,39 @@ class SyntheticCaptionTrainer:
             train = self.source.train
             assert train is not None
             chosen = data.batch_of(len(train), config.batch, step - config.generic_steps, config.seed, 1)
-            captions = [self.captions[i] for i in chosen]
+            captions = self._captions(chosen, step)
 
             def pixels(numbers: np.ndarray) -> Tensor:
                 return train.pixels(numbers, self.clip)
 
         parts = self._mine(config.batch)
-        same = None
-        if config.targets == "soft" and not generic:
-            number = np.unique(captions, return_inverse=True)[1]
-            same = torch.from_numpy(number[:, None] == number[None]).to(device)
+        number = np.unique(captions, return_inverse=True)[1]
+        same = torch.from_numpy(number[:, None] == number[None]).to(device)
         found = contrastive.backward(
             [pixels(chosen[part]).to(device) for part in parts],
             [self.clip.tokenize(captions[part]).to(device) for part in parts],
             self._autocast(self.clip.encode_images), self._autocast(self.clip.encode_texts), self.clip.log_scale,
-            self.accelerator, same,
+            self.accelerator, same, soft=config.targets == "soft" and not generic,
         )  # fmt: skip
         return {
             "loss": found.loss, "classifier_loss": found.classifier, "representation_loss": found.representation,
             "batch_accuracy": 100 * found.accuracy,
         }  # fmt: skip
+
+    def _captions(self, chosen: np.ndarray, step: int) -> list[str]:
+        train, config = self.source.train, self.config
+        assert train is not None
+        if not config.drop_levels:
+            return [self.captions[i] for i in chosen]
+        rng = np.random.default_rng([config.seed, 7, step])
+        captioner = SyntheticCaptioner(config.template)
+        return [
+            captioner(
+                {"city": train.city[i], "region": train.region[i], "country": train.country[i]},
+                drop=lambda: bool(rng.random() < config.drop_levels),
+            )
+            for i in chosen
+        ]
 
     def _label_step(self, done: int) -> dict[str, Any]:
         config, train, device = self.config, self.source.train, self.accelerator.device
@@ -276,8 +301,8 @@ def train_on(config: Config, load_data: Callable[[Config], Data], options: RunOp
     return run
 
 
-def load(folder: Path | str) -> Run:
-    """A finished run from its folder, with its data.
+def load(folder: Path | str, load_data: Callable[[Config], Data] = data.load) -> Run:
+    """A finished run from its folder, with its data; of :func:`train_on` give what it was given.
 
     Raises:
         UserError: not a run folder, a run that is not finished, or no good checkpoint.
@@ -285,7 +310,7 @@ def load(folder: Path | str) -> Run:
     path = Path(folder)
     config = runfolder.open_run(path, Config)
     accelerator = loop.prepare(RunOptions(), seed=config.seed)
-    learner = SyntheticCaptionTrainer(config, data.load(config), accelerator)
+    learner = SyntheticCaptionTrainer(config, load_data(config), accelerator)
     kept = {name: value for name, value in learner.state().items() if name in ("model", "head")}
     step = checkpoint.restore(path / "checkpoints", kept, say=lambda line: print(line, file=sys.stderr))
     steps = steps_of(config)

@@ -29,6 +29,11 @@ COLUMNS, ROWS = 6, 4
 COUNTRIES, REGIONS, CITIES = COLUMNS * ROWS, 4, 4
 """Countries of the world, regions of a country, cities of a region."""
 RANDOM_SYLLABLES = 24
+CARRIERS = (
+    "a photo of ", "a road with ", "a street view photo in ", "a street view photo from ", "close to the town of ",
+    "in the region of ",
+)  # fmt: skip
+"""What a generic caption may begin with, up to four of them: the web is wordy."""
 UNSEEN_COUNTRIES = 4
 NOISE = 0.08
 
@@ -99,7 +104,7 @@ def make(seed: int) -> World:
     Countries stand on 6 × 4 cells of a sphere, 60° of longitude and 20° of latitude apart; neighbours, also across the
     date line, differ in exactly one attribute. A region lies 1.9° off its country's centre, a city 0.45° off its
     region's, in latitude and longitude both. Four countries are held out, such that each of their syllables is one of a
-    seen country's too; of each region of the others, one city.
+    seen country's too; of each region of the others, one city. No seen place has the name of a held-out one.
     """
     rng = np.random.default_rng([seed, 1])
     # columns walk over (side, vegetation), rows over (line, sign): all 4-tuples differ, neighbours in one value
@@ -121,26 +126,38 @@ def make(seed: int) -> World:
     offsets = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)], dtype=float)
     for country in range(COUNTRIES):
         row, column = divmod(country, COLUMNS)
-        soils, region_ends = rng.permutation(SIZES[4]), rng.permutation(RANDOM_SYLLABLES)
+        soils, unseen = rng.permutation(SIZES[4]), bool(unseen_country[country])
         # a country's cities of one sky have different ends, so that (country, city) names one place
-        ends = [rng.permutation(RANDOM_SYLLABLES)[:REGIONS] for _ in range(SIZES[5])]
+        region_ends, ends, held_ends = (_ends(rng, of) for of in ((4, unseen), (5, unseen), (5, True)))
         for region in range(REGIONS):
             skies, places = rng.permutation(SIZES[5]), rng.permutation(4)
             held = rng.integers(CITIES)
             for city in range(CITIES):
                 soil, sky = soils[region], skies[city]
                 attributes.append([*tuples[country], soil, sky])
-                regions.append((SYLLABLES[4][soil] + PLAIN_SYLLABLES[region_ends[region]]).capitalize())
-                cities.append((SYLLABLES[5][sky] + PLAIN_SYLLABLES[ends[sky][region]]).capitalize())
+                end = (held_ends if city == held and not unseen else ends)[sky][region]
+                regions.append((SYLLABLES[4][soil] + PLAIN_SYLLABLES[region_ends[soil][region]]).capitalize())
+                cities.append((SYLLABLES[5][sky] + PLAIN_SYLLABLES[end]).capitalize())
                 offset = 1.9 * offsets[region] + 0.45 * offsets[places[city]]
                 latitude.append(-30.0 + 20 * row + offset[0])
                 longitude.append(-150.0 + 60 * column + offset[1])
-                unseen_city[len(cities) - 1] = city == held and not unseen_country[country]
+                unseen_city[len(cities) - 1] = city == held and not unseen
     names = ["".join(SYLLABLES[i][value] for i, value in enumerate(one)).capitalize() for one in tuples]
     return World(
         np.array(attributes), tuple(names), tuple(regions), tuple(cities), np.array(latitude), np.array(longitude),
         unseen_country, unseen_city,
     )  # fmt: skip
+
+
+def _ends(rng: np.random.Generator, of: tuple[int, bool]) -> np.ndarray:
+    """[values, 4] different ends of names for each value of an attribute: for held-out places six that no other place's
+    names have with that value."""
+    attribute, held = of
+    rows = []
+    for value in range(SIZES[attribute]):
+        kept = np.arange(6 * value, 6 * value + 6)
+        rows.append(rng.permutation(kept if held else np.setdiff1d(np.arange(RANDOM_SYLLABLES), kept))[:REGIONS])
+    return np.array(rows)
 
 
 def photo_attributes(world: World, cities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -168,21 +185,20 @@ def _coded(values: np.ndarray) -> np.ndarray:
 
 
 def generic_captions(attributes: np.ndarray, rng: np.random.Generator, local_words: float) -> list[str]:
-    """Captions of 2 to 4 of a photo's attributes, in random order: "palms, round signs, grey sky".
+    """Captions of 2 to 4 of a photo's attributes, in random order: "a photo of a road with palms, ka, grey sky".
 
     With probability ``local_words`` an attribute is called by its syllable: what the web says of a place's things in
     the place's own words.
     """
     captions = []
-    for row in attributes:
-        named = rng.permutation(len(SIZES))[: rng.integers(2, 5)]
-        local = rng.random(len(named)) < local_words
-        captions.append(
-            ", ".join(
-                SYLLABLES[i][row[i]] if own else ATTRIBUTES[NAMES[i]][row[i]]
-                for i, own in zip(named.tolist(), local, strict=True)
-            )
-        )
+    for row in attributes.tolist():
+        named = rng.permutation(len(SIZES))[: rng.integers(2, 5)].tolist()
+        local = (rng.random(len(named)) < local_words).tolist()
+        wordy = "".join(CARRIERS[i] for i in rng.integers(len(CARRIERS), size=rng.integers(0, 5)))
+        words = [
+            SYLLABLES[i][row[i]] if own else ATTRIBUTES[NAMES[i]][row[i]] for i, own in zip(named, local, strict=True)
+        ]
+        captions.append(wordy + ", ".join(words))
     return captions
 
 
@@ -233,7 +249,7 @@ def _render(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         paint(wide & (y >= 8) & (y < 13), _WALL)
         middle, up = np.abs(x - left - 2.5), 8 - y  # rows above the wall, from 1
         gable = (middle <= 3.5 - up) & (up >= 1)
-        dome = (middle**2 + (up - 0.5) ** 2 <= 8.0) & (up >= 1)
+        dome = (middle**2 + (up - 0.5) ** 2 <= 9.0) & (up >= 1)
         flat = (up == 1) & (middle <= 3.5)
         shape = np.where(roof == 0, flat, np.where(roof == 1, gable, dome))
         paint(shape & there & (np.abs(middle) <= 3.5), _ROOF)
