@@ -49,7 +49,7 @@ def tests(session: nox.Session, package: str) -> None:
     """Tests of shared or of one package: its wheel alone in an environment of its own."""
     install(session, [package], extras=EXTRAS.get(package, "test"))
     session.run("python", "-I", "-c", IMPORT_ALL, "metazoo", *modules([package]))
-    pytest(session, package, "not faults and not gpu")
+    pytest(session, package, "not faults and not gpu and not browser")
 
 
 @nox.session
@@ -132,6 +132,14 @@ def gpu(session: nox.Session, package: str) -> None:
 
 @nox.session
 @each_folder
+def browser(session: nox.Session, package: str) -> None:
+    """Tests marked browser, where a Chromium is installed."""
+    install(session, [package], extras="test,browser")
+    pytest(session, package, "browser", none_is_fine=True)
+
+
+@nox.session
+@each_folder
 def lowest(session: nox.Session, package: str) -> None:
     """The lowest direct versions that a package claims, proved by its tests; torch stays at the pinned version."""
     if session.venv_backend != "uv":
@@ -148,7 +156,7 @@ def lowest(session: nox.Session, package: str) -> None:
         held.write_text(f"torch=={version}")  # with its local part: the lowest build of a version may be CUDA's
         install(session, [package], *direct, "--resolution", "lowest-direct", extras="test", constraints=held)
     session.run("uv", "pip", "list")
-    pytest(session, package, "not faults and not gpu")
+    pytest(session, package, "not faults and not gpu and not browser")
 
 
 @nox.session

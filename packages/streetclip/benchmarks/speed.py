@@ -2,8 +2,9 @@
 
 `python speed.py [PART …] [--photos N] [--rounds N] [--output FILE]` with parts
 
-- reference: the loop of the independent reproduction (zilunzhang/StreetCLIP-Repoduce): countries encoded with each batch,
-  then for each photo its 30 cities, and the photo once more; batches of one photo and of all. Predictions must agree.
+- reference: the loop of the independent reproduction (zilunzhang/StreetCLIP-Repoduce): countries encoded with each
+  batch, then for each photo its 30 cities, and the photo once more; batches of one photo and of all. Predictions must
+  agree.
 - pipeline: transformers' zero-shot-image-classification on the same photos with 200 candidates.
 - candidates: a photo's time with all 4,500 cities as candidates, against 200, once captions are encoded.
 - world: steps per second of the small preset, and photos rendered per second.

@@ -120,7 +120,8 @@ def features(**logits: float) -> Tensor:
 def test_three_modes_by_hand() -> None:
     """Log probabilities as logits, so that the modes disagree: each by its definition."""
     log = np.log
-    # p(Bado, Mipu, Tevo) = .5, .1, .4; in Bado p(Rasa, Lofi, Gunu) = .4, .3, .3; in Tevo p(Pama, Kudo, Zeki) = .1, 0, .9
+    # p(Bado, Mipu, Tevo) = .5, .1, .4; in Bado p(Rasa, Lofi, Gunu) = .4, .3, .3;
+    # in Tevo p(Pama, Kudo, Zeki) = .1, 0, .9
     photo = features(
         Bado=log(0.5), Mipu=log(0.1), Tevo=log(0.4), Rasa=log(4.0), Lofi=log(3.0), Gunu=log(3.0), Pama=log(0.4),
         Kudo=-200.0, Zeki=log(3.6),
@@ -281,7 +282,7 @@ def naive(clip: Clip, photo: Image.Image, places: Gazetteer, mode: Mode, cities:
         found = probabilities(city_captions(every))
         return every[int(found.argmax())], float(found.max())
     country = probabilities([COUNTRY_CAPTION.format(country=name) for name in places.countries])
-    joint = {}
+    joint: dict[int, float] = {}
     for number in [int(country.argmax())] if mode == "hierarchical" else range(len(country)):
         inside = probabilities(city_captions(held[number]))
         joint |= {i: float(p * country[number]) for i, p in zip(held[number], inside, strict=True)}
@@ -549,7 +550,8 @@ def test_wrong_photos(clip: Clip, photos: list[Image.Image], tmp_path: Path) -> 
 def test_saved_clip(clip: Clip, photos: list[Image.Image], tmp_path: Path) -> None:
     """transformers' own classes load it and compute identical logits, from the same texts and photos."""
     clip.save_pretrained(tmp_path)
-    model, info = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    loaded: Any = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    model, info = loaded
     assert not any(info.values())
     processor = CLIPProcessor.from_pretrained(tmp_path)
     captions = ["A Street View photo in Bado.", "a road with palms, clay, pink sky and dome roofs"]

@@ -110,6 +110,8 @@ class HierarchicalZeroShotGeolocator:
     ) -> None:
         if mode not in ("hierarchical", "flat", "soft"):
             raise UserError(f"mode {mode!r}: one of hierarchical, flat, soft")
+        if cities < 0:
+            raise UserError(f"cities is {cities}: give 1 or more, or 0 for all")
         self.clip = clip.eval()
         self.gazetteer = Gazetteer.geonames() if gazetteer is None else gazetteer
         self.mode, self.cities = mode, cities
@@ -213,8 +215,10 @@ class HierarchicalZeroShotGeolocator:
     def candidates(self, country: int) -> np.ndarray:
         """Numbers of a country's cities that are asked for, most populous first; of equal captions the first alone."""
         if country not in self._candidates:
-            held = {self._caption(i): i for i in reversed(self.gazetteer.top(country, self.cities).tolist())}
-            self._candidates[country] = np.array(list(reversed(held.values())))
+            held: dict[str, int] = {}
+            for i in self.gazetteer.top(country, self.cities).tolist():
+                held.setdefault(self._caption(i), i)
+            self._candidates[country] = np.array(list(held.values()))
         return self._candidates[country]
 
     def all_candidates(self) -> np.ndarray:

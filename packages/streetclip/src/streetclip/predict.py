@@ -44,8 +44,6 @@ def predict(options: PredictOptions) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: {error.strerror}: give another folder") from error
-    for name in there:
-        (folder / name).unlink()
     gazetteer = Gazetteer.load(options.gazetteer, countries=options.countries, us_states=options.us_states)
     locator = HierarchicalZeroShotGeolocator.from_pretrained(
         options.model, gazetteer, mode=options.mode, country_template=options.country_template,
@@ -74,7 +72,11 @@ def predict(options: PredictOptions) -> dict[str, Any]:
                 features.append(locator.clip.encode_images(torch.cat(pixels).to(locator.clip.device)))
     if not kept:
         raise UserError(f"none of {len(paths)} photos could be read: give others")
+    if not all(one.isfinite().all() for one in features):
+        raise UserError(f"{options.model}: features of photos are not finite: its weights are damaged, give another")
     found = locator.predictions(locator.locate(torch.cat(features), options.top_k), options.top_k)
+    for name in there:
+        (folder / name).unlink()
     names = _names(kept)
     taken = [images.exif_coordinates(path) for path in kept]
     rows = [_row(name, one, place) for name, one, place in zip(names, found, taken, strict=True)]

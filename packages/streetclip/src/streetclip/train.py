@@ -76,7 +76,7 @@ class SyntheticCaptionTrainer:
         if self.head is not None:
             self.head.to(accelerator.device)
         if config.checkpointing:
-            self.clip.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.clip.model.activation_checkpointing_enable({"use_reentrant": False})
         parameters = [*self.clip.parameters(), *(self.head.parameters() if self.head is not None else ())]
         decays = [value for value in parameters if value.ndim > 1]
         others = [value for value in parameters if value.ndim <= 1]

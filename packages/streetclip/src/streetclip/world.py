@@ -33,7 +33,7 @@ CARRIERS = (
     "a photo of ", "a road with ", "a street view photo in ", "a street view photo from ", "close to the town of ",
     "in the region of ",
 )  # fmt: skip
-"""What a generic caption may begin with, up to four of them: the web is wordy."""
+"""What a generic caption may begin with, up to two of them: the web is wordy."""
 UNSEEN_COUNTRIES = 4
 NOISE = 0.08
 
@@ -194,7 +194,7 @@ def generic_captions(attributes: np.ndarray, rng: np.random.Generator, local_wor
     for row in attributes.tolist():
         named = rng.permutation(len(SIZES))[: rng.integers(2, 5)].tolist()
         local = (rng.random(len(named)) < local_words).tolist()
-        wordy = "".join(CARRIERS[i] for i in rng.integers(len(CARRIERS), size=rng.integers(0, 5)))
+        wordy = "".join(CARRIERS[i] for i in rng.integers(len(CARRIERS), size=rng.integers(0, 3)))
         words = [
             SYLLABLES[i][row[i]] if own else ATTRIBUTES[NAMES[i]][row[i]] for i, own in zip(named, local, strict=True)
         ]
