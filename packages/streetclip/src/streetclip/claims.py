@@ -26,8 +26,59 @@ CEILINGS = {
 GROUPS = ("seen", "unseen_cities", "unseen_countries")
 
 
+CACHE_VARIABLE = "METAZOO_CACHE"  # folder of the first phase's CLIPs [default: ~/.cache/metazoo]
+_SOURCES = ("config", "contrastive", "data", "model", "train", "world")
+
+
+def start_of(config: Config, seed: int) -> Path:
+    """Folder of the tiny CLIP after the first phase, which all arms of a seed share: it is trained once, and kept.
+
+    Another seed, setting or version of the code or of torch is another CLIP.
+
+    Raises:
+        UserError: the cache folder cannot be written into.
+    """
+    import hashlib
+    import json
+    import os
+
+    import filelock
+    import torch
+    import transformers
+    from metazoo.errors import UserError
+    from metazoo.options import RunOptions
+    from metazoo.runfolder import config_to_dict
+
+    from streetclip.train import train
+
+    shared = (
+        "images", "width", "vision_layers", "text_layers", "heads", "patch", "projection", "generic_steps",
+        "generic_batch", "generic_lr", "local_words", "weight_decay", "warmup", "clip", "max_scale", "precision",
+    )  # fmt: skip
+    first = Config(method="clip", seed=seed, test_images=1, **{name: getattr(config, name) for name in shared})
+    digest = hashlib.sha256(json.dumps([config_to_dict(first), torch.__version__, transformers.__version__]).encode())
+    for name in _SOURCES:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "metazoo") / "streetclip"
+    entry = root / digest.hexdigest()[:32]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{entry}.lock"):
+            if not (entry / "done").exists():
+                again = (entry / "config.json").exists()
+                train(first, RunOptions(output_dir=entry, log_every=25, checkpoint_every=200, resume=again))
+                (entry / "done").touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {root}: {error.strerror}; set {CACHE_VARIABLE} to a folder that can be written"
+        ) from error
+    return entry / "model"
+
+
 def measure(config: Config, seed: int) -> dict[str, Any]:
     """Train one arm, and score it on photos of seen cities, of unseen cities, and of unseen countries.
+
+    The first phase, on generic captions, is that of :func:`start_of`; training goes on as it would in one run.
 
     Returns:
         What :func:`streetclip.evaluate.score` returns of each group, as GROUP_NAME. Of a CLIP, with soft_, flat_ and
@@ -48,7 +99,11 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
         options = RunOptions(output_dir=Path(scratch) / "run", log_every=25, checkpoint_every=10**9)
-        run = train(replace(config, seed=seed), options)
+        config = replace(config, seed=seed)
+        if config.generic_steps:
+            config = replace(config, model=str(start_of(config, seed)), generic_steps=0)
+            started = time.perf_counter()
+        run = train(config, options)
         seconds = time.perf_counter() - started
     tests = run.data.tests
     features = {name: evaluate.encode(run.clip, photos) for name, photos in tests.items()}
@@ -126,7 +181,7 @@ def arms_of(base: Config) -> dict[str, Config]:
         "clip": replace(base, method="clip"),
         "streetclip": base,
         "country-only": replace(base, template=COUNTRY_CAPTION),
-        "soft-targets": replace(base, targets="soft"),
+        "drop-levels": replace(base, drop_levels=0.5),
         "image-tower": replace(base, towers="image"),
         "text-tower": replace(base, towers="text"),
         "label-head": replace(base, method="label-head"),

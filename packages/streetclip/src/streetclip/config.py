@@ -79,11 +79,13 @@ class Config:
     """Pixels of a patch's side, of 32 (tiny)."""
     projection: int = 64
     """Dimensions of the joint space (tiny)."""
-    generic_steps: int = 300
+    generic_steps: int = 800
     """First steps on generic captions, without places (world, tiny): they stand for CLIP's own pre-training."""
+    generic_batch: int = 32
+    """Photos in each of these, over all processes."""
     generic_lr: float = 1e-3
     """Learning rate of these."""
-    local_words: float = 0.25
+    local_words: float = 0.5
     """Share of attributes that a generic caption calls by the syllable that place names have for them (world)."""
 
     method: Literal["streetclip", "clip", "label-head"] = "streetclip"
@@ -101,9 +103,9 @@ class Config:
     cells: int = 100
     """k-means cells, where the head has them."""
 
-    steps: int = 300
+    steps: int = 200
     """Steps on synthetic captions, or of the label head."""
-    batch: int = 128
+    batch: int = 64
     """Photos in a step, over all processes; each is told from all captions of the batch."""
     micro_batch: int | None = None
     """Photos that are encoded at a time: the batch's gradient at less memory (GradCache), for a second forward pass
@@ -112,7 +114,7 @@ class Config:
     """Learning rate of AdamW."""
     weight_decay: float = 0.01
     """Of AdamW, not on biases, norms and the temperature."""
-    warmup: int = 0
+    warmup: int = 50
     """Steps of linear warm-up, of each phase."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after it."""
@@ -135,7 +137,7 @@ class Config:
     def __post_init__(self) -> None:
         _at_least(
             self, images=1, test_images=1, seed=0, width=4, vision_layers=1, text_layers=1, heads=1, patch=1,
-            projection=1, generic_steps=0, cells=2, steps=0, batch=2, micro_batch=1, warmup=0, cities=1,
+            projection=1, generic_steps=0, generic_batch=2, cells=2, steps=0, batch=2, micro_batch=1, warmup=0, cities=1,
         )  # fmt: skip
         for name in ("generic_lr", "lr", "max_scale"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -158,6 +160,10 @@ class Config:
         generated = self.dataset == "world" and self.model == "tiny"
         if self.generic_steps and not generated:
             raise UserError("--generic-steps are for --dataset world --model tiny: give 0")
+        if self.generic_steps and self.generic_batch > self.images:
+            raise UserError(
+                f"--generic-batch is {self.generic_batch}, --images {self.images}: give fewer, or more images"
+            )
         if self.dataset in ("im2gps", "im2gps3k") and self.method != "clip":
             raise UserError(f"--dataset {self.dataset} is for evaluation: give --method clip")
         if self.method == "label-head" and not self.steps:
@@ -315,7 +321,7 @@ class WorldOptions:
 # Model card of geolocal/StreetCLIP: 1.1 million photos, 3 epochs, AdamW at 1e-6, 32 photos × 3 GPUs × 12 accumulated.
 _PAPER = Config(
     dataset="photos.csv", model="openai/clip-vit-large-patch14-336", generic_steps=0, steps=2_865, batch=1_152,
-    micro_batch=32, lr=1e-6, precision="bf16", checkpointing=True,
+    micro_batch=32, lr=1e-6, warmup=0, precision="bf16", checkpointing=True,
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {

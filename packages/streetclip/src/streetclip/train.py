@@ -92,8 +92,11 @@ class SyntheticCaptionTrainer:
             return
         if self.learns and train is None:
             raise UserError(f"{config.dataset}: no training photos: give some, or --method clip")
-        if config.batch % processes:
-            raise UserError(f"--batch is {config.batch}, over {processes} processes: give a multiple")
+        for option, size, used in (
+            ("batch", config.batch, self.learns), ("generic-batch", config.generic_batch, config.generic_steps > 0)
+        ):  # fmt: skip
+            if used and size % processes:
+                raise UserError(f"--{option} is {size}, over {processes} processes: give a multiple")
         if train is not None and self.learns and len(train) < config.batch:
             raise UserError(f"{len(train)} training photos, --batch is {config.batch}: give fewer, or more photos")
 
@@ -182,7 +185,7 @@ class SyntheticCaptionTrainer:
         if generic:
             assert self.source.generic is not None
             arrays, attributes = self.source.generic
-            chosen = data.batch_of(len(arrays), config.batch, step, config.seed, 0)
+            chosen = data.batch_of(len(arrays), config.generic_batch, step, config.seed, 0)
             rng = np.random.default_rng([config.seed, 6, step])
             captions = world.generic_captions(attributes[chosen], rng, config.local_words)
 
@@ -192,12 +195,12 @@ class SyntheticCaptionTrainer:
             train = self.source.train
             assert train is not None
             chosen = data.batch_of(len(train), config.batch, step - config.generic_steps, config.seed, 1)
-            captions = self._captions(chosen, step)
+            captions = self._captions(chosen, step - config.generic_steps)
 
             def pixels(numbers: np.ndarray) -> Tensor:
                 return train.pixels(numbers, self.clip)
 
-        parts = self._mine(config.batch)
+        parts = self._mine(len(chosen))
         number = np.unique(captions, return_inverse=True)[1]
         same = torch.from_numpy(number[:, None] == number[None]).to(device)
         found = contrastive.backward(
@@ -211,12 +214,12 @@ class SyntheticCaptionTrainer:
             "batch_accuracy": 100 * found.accuracy,
         }  # fmt: skip
 
-    def _captions(self, chosen: np.ndarray, step: int) -> list[str]:
+    def _captions(self, chosen: np.ndarray, done: int) -> list[str]:
         train, config = self.source.train, self.config
         assert train is not None
         if not config.drop_levels:
             return [self.captions[i] for i in chosen]
-        rng = np.random.default_rng([config.seed, 7, step])
+        rng = np.random.default_rng([config.seed, 7, done])
         captioner = SyntheticCaptioner(config.template)
         return [
             captioner(
