@@ -12,7 +12,7 @@ import pytest
 SMALL = [
     "--images", "40", "--test-images", "8", "--width", "8", "--heads", "2", "--vision-layers", "1",
     "--text-layers", "1", "--projection", "4", "--patch", "16", "--batch", "8", "--generic-steps", "1",
-    "--steps", "1", "--warmup", "0",
+    "--generic-batch", "8",    "--steps", "1", "--warmup", "0",
 ]  # fmt: skip
 
 

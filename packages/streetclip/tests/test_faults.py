@@ -15,7 +15,7 @@ PRELOAD = (
 )  # fmt: skip
 TINY = Config(
     images=24, test_images=2, width=8, heads=2, vision_layers=1, text_layers=1, projection=4, patch=16, batch=4,
-    generic_steps=5, steps=9, warmup=0,
+    generic_batch=4, generic_steps=5, steps=9, warmup=0,
 )  # fmt: skip
 TRAINING = testing.Training("streetclip.train:train", TINY, preload=PRELOAD)
 

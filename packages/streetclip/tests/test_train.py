@@ -22,8 +22,8 @@ from transformers import CLIPModel
 
 torch.set_num_threads(1)
 TINY = Config(
-    images=40, test_images=6, width=16, heads=2, vision_layers=1, text_layers=1, projection=8, batch=8, generic_steps=3,
-    steps=4, warmup=0,
+    images=40, test_images=6, width=16, heads=2, vision_layers=1, text_layers=1, projection=8, batch=8,
+    generic_batch=8, generic_steps=3, steps=4, warmup=0,
 )  # fmt: skip
 
 

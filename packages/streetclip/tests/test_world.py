@@ -16,7 +16,7 @@ WORDS = {
     for value, word in enumerate(world.ATTRIBUTES[name])
 }  # fmt: skip
 SYLLABLES = {word: (i, value) for i, words in enumerate(world.SYLLABLES) for value, word in enumerate(words)}
-FILLERS = set(re.findall("[a-z]+", " ".join((*world.CARRIERS, *world.JOINTS))))
+FILLERS = set(re.findall("[a-z]+", " ".join(world.CARRIERS)))
 # rows and columns that an attribute may paint: shifts of up to 2 pixels included
 PAINTED = {
     "line": [(slice(15, 32), slice(12, 20))],

@@ -137,7 +137,8 @@ class Config:
     def __post_init__(self) -> None:
         _at_least(
             self, images=1, test_images=1, seed=0, width=4, vision_layers=1, text_layers=1, heads=1, patch=1,
-            projection=1, generic_steps=0, generic_batch=2, cells=2, steps=0, batch=2, micro_batch=1, warmup=0, cities=1,
+            projection=1, generic_steps=0, generic_batch=2, cells=2, steps=0, batch=2, micro_batch=1, warmup=0,
+            cities=1,
         )  # fmt: skip
         for name in ("generic_lr", "lr", "max_scale"):
             if not 0 < getattr(self, name) < float("inf"):
