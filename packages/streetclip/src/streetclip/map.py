@@ -51,7 +51,7 @@ def page(
 
     source = " (grey: cities of GeoNames, CC BY 4.0)" if gazetteer.name == "geonames" else ""
     plot = figure(
-        title=f"{len(found)} photos: where they may have been taken{source}", sizing_mode="stretch_both",
+        title=f"Where photos may have been taken: {len(found)}{source}", sizing_mode="stretch_both",
         min_height=400,
         x_range=Range1d(-180, 180), y_range=Range1d(-90, 90), match_aspect=True,
         tools="pan,wheel_zoom,box_zoom,reset,save", active_scroll="wheel_zoom", x_axis_label="longitude [°]",
