@@ -3,8 +3,8 @@
 The same trials for each arm; the first phase, on generic captions, is one for all and is not tuned. Scored by the
 country on test photos of those worlds, the mean over seen cities, unseen cities and unseen countries (of the label
 head over the first two, as it cannot name a country that it was not trained on); of rates whose score is within a point
-of the best, the smallest is taken; where that is the greatest tried, a greater one is tried, too. `python tuning.py [--jobs N]
-[--output FILE]`; results/bench/tuning.json holds what it gave.
+of the best, the smallest is taken; where that is the greatest tried, a greater one is tried, too. `python tuning.py
+[--jobs N] [--output FILE]`; results/bench/tuning.json holds what it gave.
 """
 
 from __future__ import annotations

@@ -210,7 +210,8 @@ _IM2GPS = {
 }
 # with pilots, in which the first phase, of all arms alike, was settled
 _TRIALS = {
-    "clip": 9, "streetclip": 16, "country-only": 7, "drop-levels": 6, "image-tower": 3, "text-tower": 3, "label-head": 3,
+    "clip": 9, "streetclip": 16, "country-only": 7, "drop-levels": 6, "image-tower": 3, "text-tower": 3,
+    "label-head": 3,
 }  # fmt: skip
 
 
