@@ -65,7 +65,7 @@ def test_own_photos_from_training_to_score(folder: Path) -> None:
     found = streetclip("evaluate", "own", "--no-plots", cwd=folder)
     assert found.returncode == 0, found.stderr
     found = streetclip(
-        "predict", "--photos", "world/photos", "--model", "own", "--gazetteer", "world/gazetteer.csv", "--output-dir",
+        "predict", "world/photos", "--model", "own", "--gazetteer", "world/gazetteer.csv", "--output-dir",
         "predicted", cwd=folder,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
@@ -110,9 +110,9 @@ def test_caption(folder: Path) -> None:
         (["train", "small", "--output-dir", "run"], "run"),
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "run", "--us-states"], "not for the generated world"),
-        (["predict"], "no --photos"),
-        (["predict", "--photos", "nowhere", "--model", "run"], "nowhere: no such photo or folder"),
-        (["predict", "--photos", "run", "--model", "run", "--top-k", "0"], "--top-k is 0"),
+        (["predict"], "no photos: give"),
+        (["predict", "nowhere", "--model", "run"], "nowhere: no such photo or folder"),
+        (["predict", "run", "--model", "run", "--top-k", "0"], "--top-k is 0"),
         (["score", "--coords", "nowhere.csv"], "nowhere.csv"),
         (["score"], "no --coords"),
         (["oracle", "--coords", "nowhere.csv"], "nowhere.csv"),

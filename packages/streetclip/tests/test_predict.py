@@ -467,7 +467,7 @@ def test_refuses(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"photos": ()}, "no --photos"),
+        ({"photos": ()}, "no photos: give"),
         ({"top_k": 0}, "--top-k is 0: give 1 or more"),
         ({"cities": 0}, "--cities is 0: give 1 or more"),
         ({"batch_size": 0}, "--batch-size is 0: give 1 or more"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from metazoo.errors import UserError
+from tyro.conf import Positional
 
 FULL_CAPTION = "A Street View photo[ close to the town of {city}][ in the region of {region}] in {country}."
 """Square brackets hold what is left out where its level is missing."""
@@ -206,7 +207,7 @@ class EvaluateOptions:
 class PredictOptions:
     """Say where photos were taken: a table, JSON, and a map that opens in any browser, without a network."""
 
-    photos: tuple[Path, ...] = ()
+    photos: Positional[tuple[Path, ...]] = ()
     """Photos, and folders of photos (with all below them)."""
     model: str = "geolocal/StreetCLIP"
     """Run folder of `streetclip train`, or the hub id or folder of any CLIP. StreetCLIP's weights are CC BY-NC 4.0."""
@@ -244,7 +245,7 @@ class PredictOptions:
     def __post_init__(self) -> None:
         _at_least(self, top_k=1, cities=1, batch_size=1)
         if not self.photos:
-            raise UserError("no --photos: give photos, or folders of photos")
+            raise UserError("no photos: give photos, or folders of photos")
         if self.country_template is not None:
             check_template("--country-template", self.country_template, ("country",))
         if self.city_template is not None:
