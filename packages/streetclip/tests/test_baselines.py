@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metazoo.errors import UserError
-from streetclip.baselines import LabelHead, constant, mean_place, nearest_neighbours, oracle_errors
+from streetclip.baselines import LabelHead, constant, mean_place, nearest_neighbours
+from streetclip.coordinates import oracle_errors
 from streetclip.data import Photos
 from streetclip.evaluate import score_head
 from streetclip.gazetteer import Gazetteer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ SMALL = [
 
 
 def streetclip(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "import torch; torch.set_num_threads(1); from streetclip.cli import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    command = [sys.executable, "-c", "from streetclip.cli import main; main()", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metazoo.errors import UserError
 from PIL import Image
-from streetclip import data, world
+from streetclip import coordinates, data, world
 from streetclip.config import Config, WorldOptions
 from streetclip.model import Clip, load_model
 
@@ -524,7 +524,7 @@ def test_hub_column_without_images(from_hub: Callable[[Any], data.Data], clip: C
 
 def test_read_coordinates(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", "longitude,filename,latitude", "-180,a.jpg,90", "12.5,b.jpg,-41.9")
-    names, latitude, longitude = data.read_coordinates(str(path))
+    names, latitude, longitude = coordinates.read_coordinates(str(path))
     assert names == ("a.jpg", "b.jpg")
     assert (latitude.tolist(), longitude.tolist()) == ([90, -41.9], [-180, 12.5])
 
@@ -546,20 +546,20 @@ def test_read_coordinates(tmp_path: Path) -> None:
 def test_read_coordinates_refuses(tmp_path: Path, lines: tuple[str, ...], message: str) -> None:
     path = written(tmp_path / "a.csv", *lines)
     with pytest.raises(UserError, match=rf"a\.csv.*{message}"):
-        data.read_coordinates(str(path))
+        coordinates.read_coordinates(str(path))
 
 
 def test_im2gps_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says which file was wanted and how to give it."""
     monkeypatch.delenv("METAZOO_DATA", raising=False)
     with pytest.raises(UserError, match=r"img2gps_dataset_237\.csv.*--data-dir.*METAZOO_DATA"):
-        data.read_coordinates("im2gps", str(tmp_path))
+        coordinates.read_coordinates("im2gps", str(tmp_path))
 
 
 @REAL
 @pytest.mark.parametrize(("name", "count"), [("im2gps", 237), ("im2gps3k", 2997)])
 def test_im2gps_counts(name: str, count: int) -> None:
-    names, latitude, longitude = data.read_coordinates(name)
+    names, latitude, longitude = coordinates.read_coordinates(name)
     assert len(names) == len(set(names)) == len(latitude) == len(longitude) == count
     # in both hemispheres: neither sign nor order of the two is lost
     assert np.abs(latitude).max() <= 90 < np.abs(longitude).max()
@@ -570,7 +570,7 @@ def test_im2gps_counts(name: str, count: int) -> None:
 @REAL
 def test_im2gps_photos(tmp_path: Path) -> None:
     """Each name's file is looked for below --data-dir; what is missing is counted."""
-    names, latitude, _ = data.read_coordinates("im2gps")
+    names, latitude, _ = coordinates.read_coordinates("im2gps")
     places = written(tmp_path / "places.csv", "city,country,latitude,longitude", "Rome,Italy,41.9,12.5")
     config = Config(dataset="im2gps", method="clip", gazetteer=str(places), generic_steps=0)
     with pytest.raises(UserError, match="--dataset im2gps: give the folder of its photos with --data-dir"):

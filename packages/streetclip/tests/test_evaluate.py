@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from metazoo.errors import UserError
-from streetclip import data, evaluate, plots, train
+from streetclip import coordinates, data, evaluate, plots, train
 from streetclip.baselines import LabelHead
 from streetclip.config import Config, EvaluateOptions, OracleOptions
 from streetclip.data import Photos
@@ -179,7 +179,7 @@ def test_oracle_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     london, paris = (places.find(*pair) for pair in (("United Kingdom", "London"), ("France", "Paris")))
     rows = [f"{i}.jpg,{places.latitude[i]},{places.longitude[i]}" for i in (london, paris) if i is not None]
     (tmp_path / "truth.csv").write_text("\n".join(["filename,latitude,longitude", *rows]) + "\n")
-    said = evaluate.oracle(OracleOptions(coords=str(tmp_path / "truth.csv"), cities=(1, 0)))
+    said = coordinates.oracle(OracleOptions(coords=str(tmp_path / "truth.csv"), cities=(1, 0)))
     lines = {line[:34].strip(): line[34:].split() for line in said.splitlines()[2:]}
     assert lines["true country, best of 1 cities"][-5:] == ["100.0"] * 5
     assert lines["always London"][-5:] == ["50.0", "50.0", "50.0", "100.0", "100.0"]

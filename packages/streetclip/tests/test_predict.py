@@ -21,7 +21,7 @@ from metazoo.errors import UserError
 from PIL import Image
 from streetclip import predict as module
 from streetclip.config import Config, PredictOptions, ScoreOptions
-from streetclip.evaluate import score_predictions
+from streetclip.coordinates import score_predictions
 from streetclip.geolocator import HierarchicalZeroShotGeolocator
 from streetclip.metrics import haversine_km
 from streetclip.model import load_model

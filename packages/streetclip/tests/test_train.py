@@ -218,7 +218,7 @@ def test_weight_decay_spares_vectors() -> None:
     ],
 )
 def test_refused(tmp_path: Path, fields: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=says):
         trained(tmp_path / "run", replace(TINY, **fields))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streetclip.baselines import LabelHead, nearest_neighbours, oracle_errors
+    from streetclip.baselines import LabelHead, nearest_neighbours
     from streetclip.captions import SyntheticCaptioner
     from streetclip.config import PRESETS, Config
     from streetclip.contrastive import backward, contrastive_loss
+    from streetclip.coordinates import oracle_errors
     from streetclip.data import Data, Photos
     from streetclip.gazetteer import Gazetteer
     from streetclip.geolocator import GeoPrediction, HierarchicalZeroShotGeolocator, Place
@@ -48,7 +49,8 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(["LabelHead", "nearest_neighbours", "oracle_errors"], "baselines"),
+    **dict.fromkeys(["LabelHead", "nearest_neighbours"], "baselines"),
+    "oracle_errors": "coordinates",
     "SyntheticCaptioner": "captions",
     **dict.fromkeys(["PRESETS", "Config"], "config"),
     **dict.fromkeys(["backward", "contrastive_loss"], "contrastive"),

@@ -131,21 +131,3 @@ def constant(train: Photos, count: int) -> tuple[np.ndarray, np.ndarray]:
     known = ~np.isnan(train.latitude) & ~np.isnan(train.longitude)
     latitude, longitude = mean_place(train.latitude[known], train.longitude[known]) if known.any() else (0.0, 0.0)
     return np.full(count, latitude), np.full(count, longitude)
-
-
-def oracle_errors(latitude: np.ndarray, longitude: np.ndarray, gazetteer: Gazetteer, cities: int) -> np.ndarray:
-    """Kilometres [N] to the nearest of the K most populous cities of the true country, that of the nearest city.
-
-    Args:
-        latitude, longitude: [N] true places.
-        cities: K; 0: all of the country.
-    """
-    from streetclip.metrics import haversine_km
-
-    country = gazetteer.country[gazetteer.nearest(latitude, longitude)]
-    errors = np.empty(len(latitude))
-    for one in np.unique(country):
-        mine, held = country == one, gazetteer.top(int(one), cities)
-        places = gazetteer.latitude[held], gazetteer.longitude[held]
-        errors[mine] = haversine_km(latitude[mine, None], longitude[mine, None], *places).min(1)
-    return errors

@@ -69,12 +69,12 @@ def caption(options: CaptionOptions) -> str:
     """
     from metazoo import runfolder
 
-    from streetclip import data
+    from streetclip import coordinates
 
     assert options.labels is not None
     if options.output is not None and options.output.exists():
         raise UserError(f"--output {options.output} is there already: give another, or take it away")
-    table = data.read_table(options.labels, ("country",) if "{country}" in options.template else ())
+    table = coordinates.read_table(options.labels, ("country",) if "{country}" in options.template else ())
     captioner = SyntheticCaptioner(options.template)
     found = [
         captioner({level: row.get(level) for level in LEVELS}, f"{options.labels}, line {i + 2}")

@@ -148,14 +148,14 @@ def measure_ceilings(config: OracleOptions, seed: int) -> dict[str, Any]:
         ceiling_K_R for each K and radius [%]; deviation, the largest from those in ``CEILINGS`` [points]; headroom, the
         least by which the most populous city of the right country is above what is published for StreetCLIP [points].
     """
-    from streetclip import data, evaluate
+    from streetclip import coordinates
     from streetclip.gazetteer import Gazetteer
 
-    _, latitude, longitude = data.read_coordinates(config.coords)
+    _, latitude, longitude = coordinates.read_coordinates(config.coords)
     known = CEILINGS[config.coords]
-    found = evaluate.ceilings(latitude, longitude, Gazetteer.load(config.gazetteer), list(known))
+    found = coordinates.ceilings(latitude, longitude, Gazetteer.load(config.gazetteer), list(known))
     rows = {k: [found[k][f"within_{radius}"] for radius in RADII] for k in known}
-    published = evaluate.PUBLISHED[config.coords]
+    published = coordinates.PUBLISHED[config.coords]
     return {
         **{f"ceiling_{k}_{radius}": x for k, row in rows.items() for radius, x in zip(RADII, row, strict=True)},
         "deviation": max(abs(a - b) for k in known for a, b in zip(rows[k], known[k], strict=True)),
@@ -437,7 +437,7 @@ def plot(folder: Path, scale: str) -> None:
             }
             for k in CEILINGS["im2gps3k"]
         }
-        from streetclip.evaluate import PUBLISHED
+        from streetclip.coordinates import PUBLISHED
 
         published = {f"within_{r}": x for r, x in zip(RADII[1:], PUBLISHED["im2gps3k"], strict=True)}
         plots.ceilings(rows, folder / f"{scale}-ceilings.png", published)

@@ -8,8 +8,8 @@ from streetclip.config import CaptionOptions, OracleOptions, PredictOptions, Sco
 
 COMMANDS = {
     "predict": Command(PredictOptions, "streetclip.predict:predict", "say where photos were taken, on a map"),
-    "score": Command(ScoreOptions, "streetclip.evaluate:score_predictions", "hold predictions against coordinates"),
-    "oracle": Command(OracleOptions, "streetclip.evaluate:oracle", "ceilings of the method for coordinates"),
+    "score": Command(ScoreOptions, "streetclip.coordinates:score_predictions", "hold predictions against coordinates"),
+    "oracle": Command(OracleOptions, "streetclip.coordinates:oracle", "ceilings of the method for coordinates"),
     "caption": Command(CaptionOptions, "streetclip.captions:caption", "write synthetic captions of labels"),
     "make-world": Command(WorldOptions, "streetclip.data:make_world", "write generated street scenes as files"),
 }

@@ -20,6 +20,10 @@ RADII = (1, 25, 200, 750, 2500)
 """Kilometres within which a prediction counts: street, city, region, country, continent."""
 
 
+IM2GPS = {"im2gps": "img2gps_dataset_237.csv", "im2gps3k": "img2gps3k_dataset_2997.csv"}
+"""Data set -> file of its coordinates, in the folder im2gps."""
+
+
 def check_template(option: str, template: str, needs: tuple[str, ...] = ()) -> None:
     """Raise UserError unless a template has places to fill, all of them known ones."""
     if not re.fullmatch(r"[^][]*(\[[^][]*\][^][]*)*", template):
@@ -37,6 +41,13 @@ def check_template(option: str, template: str, needs: tuple[str, ...] = ()) -> N
         raise UserError(f"{option} {template!r}: {{{missing[0]}}} is missing: put it in")
     if not fields:
         raise UserError(f"{option} {template!r} names no place: put {{country}}, {{region}} or {{city}} in")
+
+
+def _found(option: str, path: Path | str | None, *names: str) -> None:
+    """Raise UserError unless there is such a file, or it is one of the names: said before anything heavy is loaded."""
+    if path is not None and str(path) not in names and not Path(path).is_file():
+        others = f"; or {', '.join(names)}" if names else ""
+        raise UserError(f"{option} {path}: no such file: give a .csv{others}")
 
 
 def _at_least(options: object, **least: int) -> None:
@@ -246,6 +257,10 @@ class PredictOptions:
         _at_least(self, top_k=1, cities=1, batch_size=1)
         if not self.photos:
             raise UserError("no photos: give photos, or folders of photos")
+        for photo in self.photos:
+            if not photo.exists():
+                raise UserError(f"{photo}: no such photo or folder")
+        _found("--gazetteer", self.gazetteer, "geonames")
         if self.country_template is not None:
             check_template("--country-template", self.country_template, ("country",))
         if self.city_template is not None:
@@ -268,6 +283,8 @@ class ScoreOptions:
     def __post_init__(self) -> None:
         if not self.coords:
             raise UserError("no --coords: give a .csv with columns filename, latitude, longitude")
+        _found("--predictions", self.predictions)
+        _found("--coords", self.coords, *IM2GPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +301,8 @@ class OracleOptions:
     def __post_init__(self) -> None:
         if not self.cities or min(self.cities) < 0:
             raise UserError("--cities: give numbers of cities, 0 for all")
+        _found("--coords", self.coords, *IM2GPS)
+        _found("--gazetteer", self.gazetteer, "geonames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +319,7 @@ class CaptionOptions:
     def __post_init__(self) -> None:
         if self.labels is None:
             raise UserError("no --labels: give a .csv with columns country and, if any, region, city")
+        _found("--labels", self.labels)
         check_template("--template", self.template)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,23 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from metazoo import data as files
 from metazoo import runfolder
 from metazoo.errors import UserError
 from PIL import Image
 from torch import Tensor
 
 from streetclip import images, world
-from streetclip.config import LEVELS, Config, WorldOptions
+from streetclip.config import IM2GPS, LEVELS, Config, WorldOptions
+from streetclip.coordinates import numbers_of, read_coordinates, read_table
 from streetclip.gazetteer import Gazetteer, check_coordinates
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from streetclip.model import Clip
-
-IM2GPS = {"im2gps": "img2gps_dataset_237.csv", "im2gps3k": "img2gps3k_dataset_2997.csv"}
-"""Data set -> file of its coordinates, in the folder im2gps."""
 
 
 @dataclass(frozen=True)
@@ -237,69 +232,7 @@ def make_world(options: WorldOptions) -> str:
     )
 
 
-# ---- tables
-
-
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A .csv whose columns are named in its first line; all cells are text, empty ones "".
-
-    Raises:
-        UserError: no such file, not a table in UTF-8, a column is missing or there twice, or no row.
-    """
-    import pandas as pd
-
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as opened:
-            header = next(csv.reader(opened), [])
-            opened.seek(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row that is too long
-                table = pd.read_csv(opened, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, pd.errors.ParserWarning) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as a table ({reason}): give a .csv in UTF-8") from error
-    if twice := next((name for name in header if header.count(name) > 1), None):
-        raise UserError(f"{path}: column {twice!r} is there twice: once, please")
-    if missing := [column for column in columns if column not in table.columns]:
-        raise UserError(f"{path}: no column {missing[0]!r}, only {', '.join(map(str, table.columns))}: give it")
-    if table.empty:
-        raise UserError(f"{path}: no row in it")
-    return table
-
-
-def numbers_of(table: pd.DataFrame, column: str, where: object, *, may_lack: bool = False) -> np.ndarray:
-    """A column as numbers [N]; NaN for "" where that may be.
-
-    Raises:
-        UserError: a cell is no number, or empty.
-    """
-    import pandas as pd
-
-    values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
-    bad = np.isnan(values) & ~((table[column] == "").to_numpy() & may_lack)
-    if bad.any():
-        row = int(bad.argmax())
-        raise UserError(f"{where}, line {row + 2}: {column} is {table[column].iloc[row]!r}: give degrees")
-    return values
-
-
-def read_coordinates(source: str, data_dir: str | None = None) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """File names, latitudes and longitudes [N] of a .csv with columns filename, latitude, longitude; or of IM2GPS.
-
-    Raises:
-        UserError: no such file or column, a name twice, or a coordinate out of range.
-    """
-    path = Path(source)
-    if source in IM2GPS:
-        path = files.find("im2gps", [IM2GPS[source]], data_dir=data_dir) / IM2GPS[source]
-    table = read_table(path, ("filename", "latitude", "longitude"))
-    names = tuple(table["filename"])
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in table["filename"].value_counts().items() if count > 1)
-        raise UserError(f"{path}: {twice} is there twice: once, please")
-    latitude, longitude = (numbers_of(table, column, path) for column in ("latitude", "longitude"))
-    check_coordinates(latitude, longitude, lambda i: f"{path}, line {i + 2}")
-    return names, latitude, longitude
+# ---- files and the hub
 
 
 def _im2gps(config: Config) -> Photos:

@@ -1,10 +1,10 @@
-"""Scores of a run on photos with coordinates, group by group; scores of predictions; ceilings."""
+"""Scores of a run on photos with coordinates, group by group."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from metazoo import runfolder
 from metazoo.errors import UserError
 from torch import Tensor
 
-from streetclip import baselines, data, metrics
+from streetclip import baselines, metrics
 from streetclip.baselines import LabelHead
-from streetclip.config import RADII, Config, EvaluateOptions, OracleOptions, ScoreOptions
+from streetclip.config import Config, EvaluateOptions
+from streetclip.coordinates import oracle_errors
 from streetclip.data import Data, Photos
 from streetclip.gazetteer import Gazetteer
 from streetclip.geolocator import HierarchicalZeroShotGeolocator
@@ -209,7 +210,7 @@ def _beside(
             metrics.haversine_km(photos.latitude, photos.longitude, *place)
         ).items()
     }
-    ceiling = baselines.oracle_errors(photos.latitude, photos.longitude, source.gazetteer, config.cities)
+    ceiling = oracle_errors(photos.latitude, photos.longitude, source.gazetteer, config.cities)
     return found | {f"{name}_oracle_{metric}": value for metric, value in metrics.geo_accuracy_at_km(ceiling).items()}
 
 
@@ -231,86 +232,3 @@ def _plot(folder: Path, source: Data, scored: Mapping[str, Scored]) -> None:
         np.concatenate([one.latitude for one in scored.values()]),
         np.concatenate([one.longitude for one in scored.values()]), places, folder / "map.png",
     )  # fmt: skip
-
-
-# ---- predictions and ceilings
-
-
-def score_predictions(options: ScoreOptions) -> dict[str, float]:
-    """`streetclip score`: predictions against coordinates.
-
-    Returns:
-        within_1, _25, _200, _750, _2500 [%], median_km, photos.
-
-    Raises:
-        UserError: no such file or column, or the two do not name the same photos.
-    """
-    names, latitude, longitude = data.read_coordinates(options.coords)
-    predicted, found_latitude, found_longitude = data.read_coordinates(str(options.predictions))
-    place = {name: i for i, name in enumerate(predicted)}
-    if absent := [name for name in names if name not in place]:
-        raise UserError(
-            f"{options.predictions}: {absent[0]} of {options.coords} is missing ({len(absent)} of {len(names)}): "
-            "predict it, or take it out"
-        )
-    if more := sorted(set(predicted) - set(names)):
-        raise UserError(
-            f"{options.coords}: no coordinates of {more[0]} ({len(more)} predictions without): take them out, or give "
-            "theirs"
-        )
-    order = [place[name] for name in names]
-    errors = metrics.haversine_km(latitude, longitude, found_latitude[order], found_longitude[order])
-    if options.output_dir is not None:
-        from streetclip import plots
-
-        plots.errors({"predictions": errors}, options.output_dir / "errors.png")
-    return {**metrics.geo_accuracy_at_km(errors), "photos": float(len(errors))}
-
-
-# % within 25, 200, 750, 2500 km: the paper's Table for StreetCLIP, as the model card has it
-PUBLISHED = {"im2gps": (28.3, 45.1, 74.7, 88.2), "im2gps3k": (22.4, 37.4, 61.3, 80.4)}
-
-
-def ceilings(
-    latitude: np.ndarray, longitude: np.ndarray, gazetteer: Gazetteer, cities: Sequence[int]
-) -> dict[int, dict[str, float]]:
-    """K -> within_R [%] and median_km, with the true country known and the best of its K most populous cities."""
-    return {
-        k: metrics.geo_accuracy_at_km(baselines.oracle_errors(latitude, longitude, gazetteer, k)) for k in cities
-    }  # fmt: skip
-
-
-def oracle(options: OracleOptions) -> str:
-    """`streetclip oracle`: ceilings of the method, beside two constants and, of IM2GPS, what is published.
-
-    Raises:
-        UserError: no such file or column.
-    """
-    _, latitude, longitude = data.read_coordinates(options.coords)
-    gazetteer = Gazetteer.load(options.gazetteer)
-    rows: dict[str, Sequence[float]] = {}
-    for k, found in ceilings(latitude, longitude, gazetteer, options.cities).items():
-        name = f"true country, best of {k} cities" if k else f"true country, best of all {len(gazetteer.cities)}"
-        rows[name] = [found[f"within_{radius}"] for radius in RADII]
-    for country, city in (("United Kingdom", "London"), ("France", "Paris")):
-        if (number := gazetteer.find(country, city)) is not None:
-            place = gazetteer.latitude[number], gazetteer.longitude[number]
-            found = metrics.geo_accuracy_at_km(metrics.haversine_km(latitude, longitude, *place))
-            rows[f"always {city}"] = [found[f"within_{radius}"] for radius in RADII]
-    if options.coords in PUBLISHED:
-        rows["StreetCLIP, as published"] = [float("nan"), *PUBLISHED[options.coords]]
-    width = max(map(len, rows))
-    head = f"{'% within':{width}}" + "".join(f"{radius:>7} km" for radius in RADII)
-    lines = [
-        f"{name:{width}}" + "".join("         –" if np.isnan(value) else f"{value:10.1f}" for value in values)
-        for name, values in rows.items()
-    ]
-    lines = [f"{options.coords}: {len(latitude)} places", head, *lines]
-    if options.coords in PUBLISHED and 1 in options.cities:
-        biggest = list(rows.values())[options.cities.index(1)][1:]
-        below = all(a < b for a, b in zip(PUBLISHED[options.coords], biggest, strict=True))
-        lines.append(
-            f"StreetCLIP's published figures are {'' if below else 'not '}below those of the right country's most "
-            "populous city at every radius."
-        )
-    return "\n".join(lines)

@@ -156,7 +156,7 @@ class Gazetteer:
         """Of ``"geonames"``, or the path of a .csv."""
         if source == "geonames":
             return cls.geonames(countries=countries, us_states=us_states)
-        from streetclip.data import read_table
+        from streetclip.coordinates import read_table
 
         if countries != "all" or us_states:
             raise UserError(f"--countries and --us-states are for --gazetteer geonames, not {source}")
