@@ -154,5 +154,5 @@ def test_command_refuses(tmp_path: Path, lines: tuple[str, ...], message: str) -
 def test_command_needs_labels(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no --labels: give"):
         CaptionOptions()
-    with pytest.raises(UserError, match=r"none\.csv: cannot be read as a table"):
+    with pytest.raises(UserError, match=r"none\.csv: no such file"):
         caption(CaptionOptions(labels=tmp_path / "none.csv"))

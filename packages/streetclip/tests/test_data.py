@@ -552,7 +552,7 @@ def test_read_coordinates_refuses(tmp_path: Path, lines: tuple[str, ...], messag
 def test_im2gps_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says which file was wanted and how to give it."""
     monkeypatch.delenv("METAZOO_DATA", raising=False)
-    with pytest.raises(UserError, match=r"img2gps_dataset_237\.csv.*--data-dir.*METAZOO_DATA"):
+    with pytest.raises(UserError, match=r"img2gps_dataset_237\.csv not found: set METAZOO_DATA"):
         coordinates.read_coordinates("im2gps", str(tmp_path))
 
 

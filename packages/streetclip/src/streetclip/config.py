@@ -257,16 +257,16 @@ class PredictOptions:
         _at_least(self, top_k=1, cities=1, batch_size=1)
         if not self.photos:
             raise UserError("no photos: give photos, or folders of photos")
-        for photo in self.photos:
-            if not photo.exists():
-                raise UserError(f"{photo}: no such photo or folder")
-        _found("--gazetteer", self.gazetteer, "geonames")
         if self.country_template is not None:
             check_template("--country-template", self.country_template, ("country",))
         if self.city_template is not None:
             check_template("--city-template", self.city_template, ("city",))
         for template in self.ensemble:
             check_template("--ensemble", template, ("country",))
+        for photo in self.photos:
+            if not photo.exists():
+                raise UserError(f"{photo}: no such photo or folder")
+        _found("--gazetteer", self.gazetteer, "geonames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +319,8 @@ class CaptionOptions:
     def __post_init__(self) -> None:
         if self.labels is None:
             raise UserError("no --labels: give a .csv with columns country and, if any, region, city")
-        _found("--labels", self.labels)
         check_template("--template", self.template)
+        _found("--labels", self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
