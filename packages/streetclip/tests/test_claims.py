@@ -175,8 +175,19 @@ def test_plots(tmp_path: Path, measured: dict[str, dict[str, Any]]) -> None:
                 "config": config_to_dict(config), "metrics": measured[name],
             }  # fmt: skip
             (cells / f"{name}-{seed}.json").write_text(json.dumps(cell))
-    claims.plot(tmp_path, "small")
+    longer = claims.arms_of_longer()["clip"]  # another arm of this name, which is not among those drawn
+    cell = {
+        "claim": "unseen-places-longer-start", "version": 1, "scale": "small", "arm": "clip", "seed": 1,
+        "config": config_to_dict(longer), "metrics": {name: 1000.0 for name in measured["clip"]},
+    }  # fmt: skip
+    (cells / "longer.json").write_text(json.dumps(cell))
+    drawn: list[dict[str, Any]] = []
+    kept = plots.arms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "arms", lambda panels, *rest, **more: (drawn.append(panels), kept(panels, *rest, **more)))
+        claims.plot(tmp_path, "small")
     assert {path.name for path in tmp_path.glob("*.png")} == {"small-countries.png", "small-cities.png"}
+    assert all(value <= 100 for panels in drawn for of in panels.values() for values in of.values() for value in values)
     for path in cells.glob("*.json"):
         cell = json.loads(path.read_text())
         path.write_text(json.dumps({**cell, "version": claim.version + 1}))

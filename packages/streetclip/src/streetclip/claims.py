@@ -391,7 +391,7 @@ def plot(folder: Path, scale: str) -> None:
             continue
         if claim.name == "oracle-ceilings":
             ceilings = cell["metrics"]
-        elif claim.measure is measure:
+        elif claim.measure is measure and arm in (_ARMS if scale == "small" else _PAPER_ARMS).values():
             arms.setdefault(cell["arm"], {})[cell["seed"]] = cell["metrics"]
 
     def values(metric: str, names: tuple[str, ...] | None = None) -> dict[str, list[float]]:
