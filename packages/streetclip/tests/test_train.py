@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from metazoo.errors import UserError
 from metazoo.options import RunOptions
-from streetclip import data, plots, train
-from streetclip.config import COUNTRY_CAPTION, Config
+from streetclip import data, evaluate, plots, train
+from streetclip.config import COUNTRY_CAPTION, Config, EvaluateOptions
 from transformers import CLIPModel
 
 torch.set_num_threads(1)
@@ -244,3 +245,26 @@ def test_learns(tmp_path: Path) -> None:
     accuracy = np.mean([row["batch_accuracy"] for row in run.metrics[-10:]])
     assert run.metrics[-1]["classifier_loss"] < 0.7 * math.log(32)
     assert accuracy > 4 * 100 / 32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["streetclip", "label-head"])
+def test_gpu(tmp_path: Path, method: Any) -> None:
+    """Losses on CUDA are the CPU's up to float error; a bf16 run trains there, resumes, is loaded and evaluated."""
+    config = replace(TINY, method=method)
+    rows = []
+    for cpu in (True, False):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.manual_seed(0)
+        learner = train.SyntheticCaptionTrainer(config, data.load(config), Accelerator(cpu=cpu))
+        rows.append([float(learner.step(step)["loss"]) for step in range(3)])
+        assert learner.clip.log_scale.is_cuda != cpu
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-5)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = replace(config, precision="bf16", micro_batch=3, checkpointing=True)
+    run = trained(tmp_path / "run", config)
+    assert run.clip.log_scale.is_cuda
+    assert all(np.isfinite(row["loss"]) for row in run.metrics)
+    found = evaluate.evaluate(run, EvaluateOptions(plots=False, knn=2))
+    assert all(np.isfinite(value) for value in found.values())
+    assert not moved(run, trained(tmp_path / "run", config, resume=True))
