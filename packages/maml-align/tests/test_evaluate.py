@@ -386,7 +386,6 @@ def test_search_in_pairs(runs: dict[str, Run]) -> None:
 
 @pytest.mark.parametrize("kind", ["faiss", "hnsw"])
 def test_search_by_faiss(runs: dict[str, Run], kind: Any) -> None:
-    pytest.importorskip("faiss")
     options = SearchOptions(run=runs["questions"].folder, queries=("what is de 3",), k=3)
     exact, near = (evaluate.search_sentences(replace(options, index=one)) for one in ("exact", kind))
     assert [score for score, _ in found_by(exact)] == [score for score, _ in found_by(near)]
