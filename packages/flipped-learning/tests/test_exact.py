@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,8 +108,9 @@ class Stub(nn.Module):
         ]
         return SimpleNamespace(logits=torch.stack(rows))
 
+    @abstractmethod
     def logits(self, seen: set[int]) -> Tensor:
-        raise NotImplementedError
+        """Of the next token, given those seen."""
 
 
 class Unigram(Stub):
