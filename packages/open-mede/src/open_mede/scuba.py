@@ -1,0 +1,123 @@
+"""SCUBA of a user's own videos: their foreground, by masks or boxes, on striped backgrounds."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from metazoo.errors import UserError
+from PIL import Image
+
+from open_mede import annotations, videos
+from open_mede.config import ScubaOptions
+from open_mede.stripes import ScubaBackground
+
+
+def make_scuba(options: ScubaOptions) -> dict[str, Any]:
+    """Write each video ``draws`` times, all frames on one new background, as videos/NAME__I.npy, and videos.csv.
+
+    Returns:
+        videos: written; skipped; table: the .csv.
+
+    Raises:
+        UserError: the folder is not empty, a table, video or mask cannot be read, or none is written.
+    """
+    assert options.videos is not None
+    folder = options.output_dir
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder: give another --output-dir")
+    listed = annotations.table(options.videos, options.data_dir or options.videos.parent)
+    mask_of = _boxes(options.boxes) if options.boxes is not None else _masks(options.masks)
+    scuba = ScubaBackground(options.seed)
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    rows, skipped = [], 0
+    for number, (path, label) in enumerate(zip(listed.paths, listed.labels, strict=True)):
+        try:
+            frames = whole(path)
+            masks = mask_of(path, frames.shape[:3])
+        except videos.Unreadable as error:
+            if options.unreadable == "stop":
+                raise UserError(f"{error} (--unreadable skip goes on without it)") from error
+            print(f"skipped: {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        for draw in range(options.draws):
+            name = f"videos/{number:05d}-{path.stem}__{draw}.npy"
+            np.save(folder / name, scuba(frames, masks))
+            rows.append((name, label, "test"))
+    if not rows:
+        raise UserError(f"{options.videos}: none of its {len(listed.paths)} videos could be read with its mask")
+    with (folder / "videos.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["video", "label", "split"])
+        writer.writerows(rows)
+    return {"videos": len(rows), "skipped": skipped, "table": str(folder / "videos.csv")}
+
+
+def whole(path: Path) -> np.ndarray:
+    """All frames [T, H, W, 3] of a video.
+
+    Raises:
+        Unreadable: no such video, or none that can be read.
+    """
+    count = videos.count_frames(path)
+    return videos.read_clips(path, count, 1, [0.0])[0]
+
+
+def _masks(folder: Path | None) -> Callable[[Path, tuple[int, ...]], np.ndarray]:
+    assert folder is not None
+
+    def of(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+        array, images = folder / f"{path.stem}.npy", folder / path.stem
+        if array.is_file():
+            try:
+                found = np.load(array, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise videos.Unreadable(f"{array}: not an .npy of numbers") from error
+        elif images.is_dir():
+            files = sorted(file for file in images.iterdir() if file.suffix.lower() in videos.IMAGES)
+            try:
+                found = np.stack([np.asarray(Image.open(file).convert("L")) / 255 for file in files])
+            except (OSError, ValueError) as error:
+                raise videos.Unreadable(f"{images}: not images of one size that can be read") from error
+        else:
+            raise videos.Unreadable(f"{path}: no mask {array.name}, and no folder {path.stem}, in {folder}")
+        if found.shape != shape or not (found.min() >= 0 and found.max() <= 1):
+            raise videos.Unreadable(
+                f"{path}: its masks have shape {found.shape}, its frames {shape}: give one of 0 to 1 for each frame"
+            )
+        return found
+
+    return of
+
+
+def _boxes(path: Path) -> Callable[[Path, tuple[int, ...]], np.ndarray]:
+    """Masks of boxes: a frame without one has no foreground."""
+    columns = ("video", "frame", "x1", "y1", "x2", "y2")
+    held: dict[str, list[tuple[int, float, float, float, float]]] = {}
+    for i, row in enumerate(annotations.rows(path, columns)):
+        try:
+            numbers = [float(row[name]) for name in columns[1:]]
+            if not all(np.isfinite(numbers)) or numbers[0] != int(numbers[0]):
+                raise ValueError
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {i + 2}: frame, x1, y1, x2, y2 are no numbers of a frame and pixels"
+            ) from error
+        held.setdefault(row["video"].strip(), []).append((int(numbers[0]), *numbers[1:]))  # type: ignore[arg-type]
+
+    def of(video: Path, shape: tuple[int, ...]) -> np.ndarray:
+        own = next((boxes for name, boxes in held.items() if Path(name).stem == video.stem), None)
+        if own is None:
+            raise videos.Unreadable(f"{video}: no box in {path}")
+        found = np.zeros(shape, dtype=bool)
+        for frame, x1, y1, x2, y2 in own:
+            if 0 <= frame < shape[0]:
+                found[frame, max(0, round(y1)) : max(0, round(y2)), max(0, round(x1)) : max(0, round(x2))] = True
+        return found
+
+    return of
