@@ -108,6 +108,8 @@ class Config:
     """First and last frame: leave the missing neighbour out; or give it keys and values of zero, as Open-VCLIP does."""
     adapter: int = 0
     """Width of temporal adapters beside attention, which tell the order of frames; 0: none (CLIP)."""
+    difference: bool = False
+    """Also embed what a frame changes, patch by patch (CLIP)."""
     trained: Literal["vision", "adapter", "lora"] = "vision"
     """All of the vision side; the adapters alone; or low-rank updates of its queries and values. Texts are frozen."""
     lora_rank: int = 8

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbeddings
 from transformers.utils import logging as transformers_logging
 
 from open_mede import sprites
@@ -103,6 +103,31 @@ class TemporalAttention(CLIPAttention):
         return found, None
 
 
+class TemporalEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's patches and, beside them, those of the difference to the frame before (ours). They start at nothing.
+
+    Attributes:
+        frames: T of the videos that come next; pixels come as [B·T, 3, H, W].
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.frames = 1
+        held = self.patch_embedding
+        self.difference = nn.Conv2d(
+            held.in_channels, held.out_channels, held.kernel_size, stride=held.stride, bias=False
+        )
+        nn.init.zeros_(self.difference.weight)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Tokens [B·T, N, D]."""
+        tokens: Tensor = super().forward(pixel_values, interpolate_pos_encoding)
+        clips = pixel_values.unflatten(0, (-1, self.frames))
+        change = torch.diff(clips, dim=1, prepend=clips[:, :1]).flatten(0, 1)
+        moved = self.difference(change.to(self.difference.weight.dtype)).flatten(2).transpose(1, 2)
+        return torch.cat([tokens[:, :1], tokens[:, 1:] + moved], dim=1)
+
+
 def _neighbours(tokens: Tensor) -> Tensor:
     """[B, T, h, 3N, d]: those of the frame before, of the frame, of the frame after; zeros beyond the ends."""
     padded = F.pad(tokens, (0, 0, 0, 0, 0, 0, 1, 1))
@@ -125,17 +150,23 @@ class VideoTextConfig(PreTrainedConfig):
         expand: frames attend to their neighbours (CLIP).
         border: what the first and last frame see beyond the end, "mask" or "zero".
         adapter: width of temporal adapters, 0 for none (CLIP).
+        difference: patches of frame differences, too (CLIP).
     """
 
     model_type = "video-text-classifier"
 
     def __init__(
         self, backbone: dict[str, Any] | None = None, expand: bool = True, border: str = "mask", adapter: int = 0,
-        **kwargs: Any,
+        difference: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.backbone = backbone or {}
-        self.expand, self.border, self.adapter = expand, border, adapter
+        self.expand, self.border, self.adapter, self.difference = expand, border, adapter, difference
         super().__init__(**kwargs)
+
+    @property
+    def temporal(self) -> bool:
+        """Whether frames know of each other."""
+        return bool(self.expand or self.adapter or self.difference)
 
 
 class VideoTextClassifier(PreTrainedModel):
@@ -168,10 +199,14 @@ class VideoTextClassifier(PreTrainedModel):
                     self.backbone.config.vision_config, expand=config.expand, border=config.border,
                     adapter=config.adapter,
                 )  # fmt: skip
+        if kind == "clip" and config.difference:
+            self.backbone.vision_model.embeddings = TemporalEmbeddings(self.backbone.config.vision_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of what a backbone's checkpoint lacks: an adapter adds nothing at first."""
+        """Of what a backbone's checkpoint lacks: it adds nothing at first."""
+        if isinstance(module, TemporalEmbeddings):
+            nn.init.zeros_(module.difference.weight)
         if isinstance(module, TemporalAdapter):
             nn.init.zeros_(module.up.weight)
             nn.init.zeros_(module.up.bias)
@@ -179,16 +214,20 @@ class VideoTextClassifier(PreTrainedModel):
     @classmethod
     def of(
         cls, backbone: PreTrainedModel, *, expand: bool = True, border: str = "mask", adapter: int = 0,
-        tokenizer: Any = None, processor: Any = None,
+        difference: bool = False, tokenizer: Any = None, processor: Any = None,
     ) -> VideoTextClassifier:  # fmt: skip
         """Around a CLIP or X-CLIP: its weights are copied, texts and temperature frozen."""
         clip = backbone.config.model_type == "clip"
         config = VideoTextConfig(
-            backbone.config.to_dict(), expand=expand and clip, border=border, adapter=adapter if clip else 0
+            backbone.config.to_dict(),
+            expand=expand and clip,
+            border=border,
+            adapter=adapter if clip else 0,
+            difference=difference and clip,
         )
         model = cls(config)
         missing = model.backbone.load_state_dict(backbone.state_dict(), strict=False)
-        if missing.unexpected_keys or any(".adapter." not in name for name in missing.missing_keys):
+        if missing.unexpected_keys or any(not is_new(name) for name in missing.missing_keys):
             name = (missing.unexpected_keys or missing.missing_keys)[0]
             raise UserError(f"the backbone's weights do not fit: {name}")
         model.tokenizer, model.processor = tokenizer, processor
@@ -209,7 +248,7 @@ class VideoTextClassifier(PreTrainedModel):
             if trained == "vision":
                 wanted = not text
             else:
-                wanted = ".adapter." in name if trained == "adapter" else "lora_" in name
+                wanted = is_new(name) if trained == "adapter" else "lora_" in name
             value.requires_grad_(wanted)
             found += wanted
         if not found:
@@ -231,8 +270,9 @@ class VideoTextClassifier(PreTrainedModel):
         flat = pixel_values.flatten(0, 1)
         if self.backbone.config.model_type == "xclip":
             return self._xclip_features(flat, b, t)
-        for layer in self.backbone.vision_model.encoder.layers:
-            layer.self_attn.frames = t
+        for module in self.backbone.vision_model.modules():
+            if isinstance(module, (TemporalAttention, TemporalEmbeddings)):
+                module.frames = t
         pooled = self.backbone.vision_model(pixel_values=flat).pooler_output
         frames = F.normalize(self.backbone.visual_projection(pooled).float(), dim=-1)
         return {"frames": frames.view(b, t, -1)}
@@ -320,6 +360,11 @@ class VideoTextClassifier(PreTrainedModel):
                 if hasattr(child, "merge") and hasattr(child, "get_base_layer"):
                     child.merge()
                     setattr(module, name, child.get_base_layer())
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter of the backbone is none of CLIP's own."""
+    return ".adapter." in name or ".difference." in name
 
 
 def _low_rank(vision: nn.Module, rank: int) -> None:
@@ -427,11 +472,14 @@ def load_model(config: Config, world: FeatureWorld | None = None) -> Learner:
         assert world is not None
         return FeatureClassifier.of(world, config.hidden if config.model == "mlp" else 0)
     backbone, tokenizer, processor = tiny_clip(config) if config.model == "tiny" else load_backbone(config.model)
+    if isinstance(backbone, VideoTextClassifier) and not backbone.config.temporal:
+        backbone = backbone.backbone  # frame by frame: it gets the temporal part that the config has
     if isinstance(backbone, VideoTextClassifier):
         model = backbone
     else:
         model = VideoTextClassifier.of(
-            backbone, expand=config.expand, border=config.border, adapter=config.adapter, tokenizer=tokenizer,
+            backbone, expand=config.expand, border=config.border, adapter=config.adapter,
+            difference=config.difference, tokenizer=tokenizer,
             processor=processor,
         )  # fmt: skip
     model.freeze(config.trained, config.lora_rank)

@@ -26,7 +26,7 @@ from open_mede.config import PRESETS, Config
 from open_mede.crossbatch import Step, cross_batch_step, virtual_step
 from open_mede.data import Data, VideoClips
 from open_mede.ensemble import averages_of
-from open_mede.model import FeatureClassifier, Learner, VideoTextClassifier, load_model
+from open_mede.model import FeatureClassifier, Learner, VideoTextClassifier, is_new, load_model
 
 Weights = dict[str, Tensor]
 
@@ -129,7 +129,7 @@ class CrossBatchMetaTrainer:
         self.image_optimizer: torch.optim.Optimizer | None = None
         if config.image_steps:
             assert isinstance(self.model, VideoTextClassifier)
-            learned = [value for name, value in self.model.backbone.named_parameters() if ".adapter." not in name]
+            learned = [value for name, value in self.model.backbone.named_parameters() if not is_new(name)]
             self.image_optimizer = torch.optim.AdamW(learned, lr=config.image_lr, weight_decay=0.01, fused=True)
             self.image_parameters = learned
         self.texts: Tensor | None = None
