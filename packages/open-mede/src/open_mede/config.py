@@ -399,8 +399,8 @@ class ScubaOptions:
 
 
 _SPRITES = Config(
-    dataset="sprites", model="tiny", clips=1_000, test_clips=300, draws=2, image_steps=1_000, adapter=16, epochs=12,
-    optimizer="adamw", lr=1e-3, weight_decay=0.01, clip=1.0, warmup_epochs=2, alpha=1e-2,
+    dataset="sprites", model="tiny", clips=1_000, test_clips=300, draws=2, ratio=0.8, image_steps=800, adapter=16,
+    difference=True, epochs=10, optimizer="adamw", lr=2e-3, weight_decay=0.01, clip=1.0, warmup_epochs=1, alpha=2e-2,
 )  # fmt: skip
 
 # FROSTER's and Open-VCLIP's runs: 64 videos over 8 GPUs, 22 epochs, AdamW; alpha is not published.

@@ -450,6 +450,9 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError(f"class {twice!r} comes twice: give each once")
 
 
+AutoConfig.register(VideoTextConfig.model_type, VideoTextConfig)  # for tokenizers that are loaded beside it
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' bars for loading and saving."""
@@ -570,8 +573,11 @@ def tiny_clip(config: Config) -> tuple[CLIPModel, PreTrainedTokenizerFast, Any]:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Of the words of the moving sprites."""
-    words = [*sprites.MOTIONS, *sprites.MANNERS, *sprites.TEXTURES, *sprites.GLYPHS, "a", "picture", "of", "on", "below",
-             "in"]  # fmt: skip
+    captions = " ".join(sprites.CAPTIONS).split()
+    words = [
+        *sprites.MOTIONS, *sprites.MANNERS, *sprites.TEXTURES, *sprites.GLYPHS, *sprites.SIZES, *sprites.ROWS,
+        *sprites.COLUMNS, *(word for word in captions if "{" not in word),
+    ]  # fmt: skip
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys((*SPECIALS, *words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()

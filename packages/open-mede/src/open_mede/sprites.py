@@ -89,6 +89,20 @@ GLYPHS = {
     "jay": "1e04040404443800", "are": "7c42427c48444200", "seven": "7e02040810101000", "four": "0c14247e04040400",
     "aitch": "40405c6242424200", "why": "42424222140810e0",
 }  # fmt: skip
+SIZES, ROWS, COLUMNS = ("small", "medium", "large"), ("top", "middle", "bottom"), ("left", "centre", "right")
+CAPTIONS = (
+    "{size} {glyph} at {row} {column} on {texture}", "{texture} below {size} {glyph} at {row} {column}",
+    "a {size} {glyph} in {texture} at {row} {column}", "{row} {column} a {size} {glyph} in {texture}",
+    "{glyph} in {texture}", "{row} {column} in {texture}",
+)  # fmt: skip
+BRIGHT, DARK = (190, 256), 0.6
+"""Bytes of a glyph's colours; share of 255 that backgrounds reach. A small network finds no glyph of any colour."""
+ACTIONS = (
+    "{motion} {manner} in {texture}", "in {texture} {motion} {manner}", "{manner} {motion} on {texture}",
+    "a {motion} in {texture} {manner}",
+)  # fmt: skip
+TOGETHER = 16
+"""Textures in one batch of single frames, or of texts."""
 BACKGROUNDS = 200
 """Stripe backgrounds that a seed draws from."""
 
@@ -224,7 +238,8 @@ class SpriteWorld:
     def stripes(self) -> np.ndarray:
         if self._stripes is None:
             rng = np.random.default_rng([self.seed, 2])
-            self._stripes = np.stack([stripe_background(rng, SIZE) for _ in range(BACKGROUNDS)])
+            drawn = np.stack([stripe_background(rng, SIZE) for _ in range(BACKGROUNDS)])
+            self._stripes = (drawn * DARK).astype(np.uint8)
         return self._stripes
 
     def name(self, label: int, *, debiased: bool = False) -> str:
@@ -235,7 +250,7 @@ class SpriteWorld:
     def foregrounds(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Masks [N, 8, 32, 32] and colours [N, 3] of clips of classes [N]."""
         glyphs = rng.integers(len(GLYPHS), size=len(labels))
-        return masks_of(labels, glyphs, rng), rng.integers(256, size=(len(labels), 3)).astype(np.uint8)
+        return masks_of(labels, glyphs, rng), rng.integers(*BRIGHT, size=(len(labels), 3)).astype(np.uint8)
 
     def crops(self, textures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Backgrounds [N, 32, 32, 3], each a place in a texture."""
@@ -270,19 +285,50 @@ class SpriteWorld:
         return labels, inside, outside
 
     def frames(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-        """Single frames [N, 1, 3, 32, 32] and what is on them, as an image model learns from: glyph and texture."""
+        """Single frames [N, 1, 3, 32, 32] and what is on them, as an image model learns from.
+
+        A caption has the glyph, its size, where it is, and the texture: all that a frame shows, and nothing that moves.
+        """
         glyphs = rng.integers(len(GLYPHS), size=count)
-        textures = rng.integers(len(TEXTURES), size=count)
-        still = len(CLASSES) - 1
-        masks = masks_of(np.full(count, still), glyphs, rng)[:, :1]
-        colours = rng.integers(256, size=(count, 3)).astype(np.uint8)
+        # few textures at a time: what is on them counts, too
+        textures = rng.permutation(len(TEXTURES))[:TOGETHER][rng.integers(TOGETHER, size=count)]
+        sizes, rows, columns = (rng.integers(3, size=count) for _ in range(3))
+        scales = np.array([0.6, 1.0, 1.4])[sizes] + rng.uniform(-0.1, 0.1, size=count)
+        low, wide = SPRITE / 2 * scales, (SIZE - SPRITE * scales) / 3
+        x, y = (low + wide * (cell + rng.random(count)) for cell in (columns, rows))
+        bits, (down, right) = _glyphs(), np.mgrid[:SIZE, :SIZE].astype(np.float32)
+        still, shown = np.zeros(1), np.ones(1, dtype=bool)
+        masks = np.stack([
+            _drawn(bits[glyph], x[i : i + 1], y[i : i + 1], scales[i : i + 1], still, shown, down, right)
+            for i, glyph in enumerate(glyphs)
+        ])  # fmt: skip
+        colours = rng.integers(*BRIGHT, size=(count, 3)).astype(np.uint8)
         names = list(GLYPHS)
-        forms = ("{g} on {t}", "{t} below {g}", "a {g} in {t}", "a picture of a {g} in {t}")
         said = [
-            forms[form].format(g=names[glyph], t=TEXTURES[texture])
-            for form, glyph, texture in zip(rng.integers(len(forms), size=count), glyphs, textures, strict=True)
+            CAPTIONS[form].format(
+                glyph=names[glyphs[i]],
+                size=SIZES[sizes[i]],
+                row=ROWS[rows[i]],
+                column=COLUMNS[columns[i]],
+                texture=TEXTURES[textures[i]],
+            )  # fmt: skip
+            for i, form in enumerate(rng.integers(len(CAPTIONS), size=count))
         ]
         return paste(masks, colours, self.crops(textures, rng)), said
+
+    def actions(self, count: int, rng: np.random.Generator) -> tuple[list[str], list[str]]:
+        """Actions [N] in places, each said in two ways: what a text model knows of words, whatever frames show."""
+        motions, manners = rng.integers(len(MOTIONS), size=count), rng.integers(len(MANNERS), size=count)
+        textures = rng.permutation(len(TEXTURES))[:TOGETHER][rng.integers(TOGETHER, size=count)]
+        ways = np.array([rng.permutation(len(ACTIONS))[:2] for _ in range(count)]).T
+        one, other = (
+            [
+                ACTIONS[way].format(motion=MOTIONS[motion], manner=MANNERS[manner], texture=TEXTURES[texture])
+                for way, motion, manner, texture in zip(row, motions, manners, textures, strict=True)
+            ]
+            for row in ways
+        )
+        return one, other
 
 
 def paste(masks: np.ndarray, colours: np.ndarray, backgrounds: np.ndarray) -> np.ndarray:
@@ -296,5 +342,5 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
     grid = int(rng.integers(3, 9))
     noise = Image.fromarray(rng.random((grid, grid)).astype(np.float32))
     mixed = np.asarray(noise.resize((48, 48), Image.Resampling.BILINEAR))[..., None]
-    one, other = rng.random((2, 3))
+    one, other = DARK * rng.random((2, 3))
     return (255 * (mixed * one + (1 - mixed) * other)).astype(np.uint8)

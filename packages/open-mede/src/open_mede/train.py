@@ -360,31 +360,50 @@ class CrossBatchMetaTrainer:
     # ---- single frames
 
     def _image_step(self, step: int) -> dict[str, Any]:
-        """Contrastive, on generated frames and what is on them; the same in every process."""
+        """Contrastive, of generated frames and what is on them, and of actions said in two ways; in every process alike.
+
+        So made, images show static things only, and texts tell actions apart, as CLIP's do.
+        """
         config, model, world = self.config, self.model, self.source.sprites
         assert isinstance(model, VideoTextClassifier)
         assert world is not None
         assert self.image_optimizer is not None
         self._require(self.image_parameters)
         model.train()
-        clips, said = world.frames(config.image_batch, np.random.default_rng([config.seed, 9, step]))
+        rng = np.random.default_rng([config.seed, 9, step])
+        clips, said = world.frames(config.image_batch, rng)
+        one, other = world.actions(config.image_batch, rng)
         rate = config.image_lr * min(1.0, (step + 1) / 50)
         for group in self.image_optimizer.param_groups:
             group["lr"] = rate
-        ids = model.tokenizer(said, padding=True, return_tensors="pt")["input_ids"].to(self.accelerator.device)
+        ids = model.tokenizer([*said, *one, *other], padding=True, return_tensors="pt")["input_ids"]
         with self.accelerator.autocast():
             images = model.video_features(model.pixels(clips))["frames"][:, 0]
-            texts = model.backbone.text_projection(model.backbone.text_model(input_ids=ids).pooler_output)
-        logits = model.scale * images @ F.normalize(texts.float(), dim=-1).T
-        targets = torch.arange(len(said), device=logits.device)
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        loss.backward()
+            pooled = model.backbone.text_model(input_ids=ids.to(self.accelerator.device)).pooler_output
+            texts = F.normalize(model.backbone.text_projection(pooled).float(), dim=-1)
+        captions, one_way, other_way = texts.chunk(3)
+        loss = contrastive(model.scale * images @ captions.T)
+        words = contrastive(model.scale * one_way @ other_way.T)
+        (loss + words).backward()
         norm = nn.utils.clip_grad_norm_(self.image_parameters, 1.0)
         self.image_optimizer.step()
         self.image_optimizer.zero_grad()
         with torch.no_grad():
             model.backbone.logit_scale.clamp_(max=math.log(100))
-        return {"loss": loss.detach(), "lr": rate, "grad_norm": norm, "epoch": 0, "phase": 0}
+        return {
+            "loss": loss.detach(),
+            "text_loss": words.detach(),
+            "lr": rate,
+            "grad_norm": norm,
+            "epoch": 0,
+            "phase": 0,
+        }
+
+
+def contrastive(logits: Tensor) -> Tensor:
+    """CLIP's loss of logits [N, N], the right pairs on the diagonal: the mean of both directions."""
+    targets = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 class _Features(nn.Module):
