@@ -197,8 +197,8 @@ class Config:
             self, list_number=1, shots=1, clips=1, test_clips=1, draws=1, holdout=0, seed=0, hidden=1, width=4,
             vision_layers=1, text_layers=1, heads=1, patch=1, image_steps=0, image_batch=2, adapter=0, lora_rank=1,
             frames=1, stride=1, views=1, workers=1, alpha=0, delta=0, anchor=0, distill_weight=0, interp_weight=0,
-            epochs=1, batch=1, micro_batch=1, momentum=0, weight_decay=0, warmup_epochs=0, clip=0, watch_every=0, motion_noise=0,
-            swa_start=1,
+            epochs=1, batch=1, micro_batch=1, momentum=0, weight_decay=0, warmup_epochs=0, clip=0, watch_every=0,
+            motion_noise=0, swa_start=1,
         )  # fmt: skip
         _above_zero(self, "lr", "image_lr", "sigma")
         _between(self, 0, 1, "ratio", "interp_max", "mix", "ema_decay", "momentum")

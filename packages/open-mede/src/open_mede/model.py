@@ -245,10 +245,7 @@ class VideoTextClassifier(PreTrainedModel):
         found = 0
         for name, value in self.backbone.named_parameters():
             text = name.startswith(("text_model.", "text_projection.")) or name == "logit_scale"
-            if trained == "vision":
-                wanted = not text
-            else:
-                wanted = is_new(name) if trained == "adapter" else "lora_" in name
+            wanted = {"vision": not text, "adapter": is_new(name), "lora": "lora_" in name}[trained]
             value.requires_grad_(wanted)
             found += wanted
         if not found:

@@ -184,6 +184,8 @@ def _arms(axes: Axes, found: Mapping[str, Sequence[float]], effect: Any) -> None
         axes.scatter(i + spread, values, s=12, color=colour, alpha=0.5, marker=MARKERS[i % len(MARKERS)])
         if len(values) > 1:
             held = effect(list(values), None, "value")
-            axes.errorbar(i, held.effect, [[held.effect - held.low], [held.high - held.effect]], color=colour, capsize=4,
-                          marker="_", markersize=14, linewidth=1.5)  # fmt: skip
+            spread = [[held.effect - held.low], [held.high - held.effect]]
+            axes.errorbar(
+                i, held.effect, spread, color=colour, capsize=4, marker="_", markersize=14, linewidth=1.5
+            )  # fmt: skip
     axes.set_xticks(range(len(found)), list(found), rotation=35, ha="right", fontsize=8)

@@ -311,7 +311,7 @@ class SpriteWorld:
                 row=ROWS[rows[i]],
                 column=COLUMNS[columns[i]],
                 texture=TEXTURES[textures[i]],
-            )  # fmt: skip
+            )
             for i, form in enumerate(rng.integers(len(CAPTIONS), size=count))
         ]
         return paste(masks, colours, self.crops(textures, rng)), said

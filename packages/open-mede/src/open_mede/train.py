@@ -313,7 +313,7 @@ class CrossBatchMetaTrainer:
         chosen = order[[label not in seen for label in train.labels[order].tolist()]][: self.config.batch]
         if not len(chosen):
             raise UserError(
-                f"--query class-disjoint: a batch of {self.config.batch} has clips of all {len(train.classes)} classes: "
+                f"--query class-disjoint: a batch of {self.config.batch} has clips of all classes: "
                 "give a smaller --batch"
             )
         return self._load(chosen, (epoch, number, 2))
@@ -360,7 +360,7 @@ class CrossBatchMetaTrainer:
     # ---- single frames
 
     def _image_step(self, step: int) -> dict[str, Any]:
-        """Contrastive, of generated frames and what is on them, and of actions said in two ways; in every process alike.
+        """Contrastive, of generated frames and what is on them, and actions said in two ways; alike in all processes.
 
         So made, images show static things only, and texts tell actions apart, as CLIP's do.
         """
