@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from open_mede.annotations import Listed
     from open_mede.baselines import ResidualProjector, distillation_loss, interpolated_gradient
     from open_mede.config import PRESETS, Config
     from open_mede.crossbatch import cross_batch_step, virtual_step
     from open_mede.data import Clips, Data, VideoClips
     from open_mede.ensemble import ExponentialWeightAverage, GaussianWeightAverage, UniformWeightAverage
     from open_mede.evaluate import OpenVocabularyEvaluator
+    from open_mede.lists import Listed
     from open_mede.metrics import harmonic_mean
     from open_mede.model import FeatureClassifier, VideoTextClassifier, VideoTextConfig, load_classifier
     from open_mede.sprites import SpriteWorld
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Listed": "annotations",
+    "Listed": "lists",
     **dict.fromkeys(["ResidualProjector", "distillation_loss", "interpolated_gradient"], "baselines"),
     **dict.fromkeys(["PRESETS", "Config"], "config"),
     **dict.fromkeys(["cross_batch_step", "virtual_step"], "crossbatch"),

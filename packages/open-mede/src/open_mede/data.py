@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from metazoo.errors import UserError
 
-from open_mede import annotations, features, sprites, videos
+from open_mede import features, lists, sprites, videos
 from open_mede.config import Config, SpriteOptions
 from open_mede.features import FeatureWorld
 
@@ -245,7 +245,7 @@ def _sprites(config: Config) -> Data:
 
 
 def _videos(config: Config) -> Data:
-    listed = annotations.read(config.dataset, config.data_dir, config.list_number)
+    listed = lists.read(config.dataset, config.data_dir, config.list_number)
     base, novel = _classes(config, listed)
     paths, labels = listed.of("train", base)
     if config.holdout:  # the novel classes stay unseen: some of the base classes stand for them
@@ -266,15 +266,15 @@ def _videos(config: Config) -> Data:
     return Data(train, tests)
 
 
-def _classes(config: Config, listed: annotations.Listed) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _classes(config: Config, listed: lists.Listed) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Base and novel."""
     if config.base_classes is not None:
-        base = annotations.names_in(config.base_classes)
+        base = lists.names_in(config.base_classes)
         if config.novel_classes is not None:
-            novel = annotations.names_in(config.novel_classes)
+            novel = lists.names_in(config.novel_classes)
         else:
             novel = tuple(name for name in listed.classes if name not in set(base))
-        annotations.check_split(base, novel, listed.classes)
+        lists.check_split(base, novel, listed.classes)
         return base, novel
     return listed.frequent() if config.split == "frequent" else (listed.classes, ())
 
@@ -303,7 +303,7 @@ def other_data(
     """
     if dataset in ("kinetics", "ucf101", "hmdb51", "ssv2") and data_dir is None:
         raise UserError(f"--dataset {dataset} needs --data-dir, the folder of its videos and lists")
-    listed = annotations.read(dataset, data_dir, number)
+    listed = lists.read(dataset, data_dir, number)
     left_out = {name.lower() for name in without}
     classes = tuple(name for name in listed.classes if name.lower() not in left_out)
     paths, labels = listed.of("test", classes)

@@ -14,7 +14,7 @@ import torch
 from metazoo import runfolder
 from metazoo.errors import UserError
 
-from open_mede import annotations, videos
+from open_mede import lists, videos
 from open_mede.config import PredictOptions
 from open_mede.evaluate import OpenVocabularyEvaluator, _said
 from open_mede.model import VideoTextClassifier, load_classifier
@@ -72,7 +72,7 @@ def predict(options: PredictOptions) -> dict[str, Any]:
 def _classes(given: Sequence[str]) -> tuple[str, ...]:
     """Names, or those in the one file that is named."""
     if len(given) == 1 and Path(given[0]).is_file():
-        return annotations.names_in(Path(given[0]))
+        return lists.names_in(Path(given[0]))
     return tuple(given)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from metazoo.errors import UserError
 from PIL import Image
 
-from open_mede import annotations, videos
+from open_mede import lists, videos
 from open_mede.config import ScubaOptions
 from open_mede.stripes import ScubaBackground
 
@@ -30,7 +30,7 @@ def make_scuba(options: ScubaOptions) -> dict[str, Any]:
     folder = options.output_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder: give another --output-dir")
-    listed = annotations.table(options.videos, options.data_dir or options.videos.parent)
+    listed = lists.table(options.videos, options.data_dir or options.videos.parent)
     mask_of = _boxes(options.boxes) if options.boxes is not None else _masks(options.masks)
     scuba = ScubaBackground(options.seed)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def _boxes(path: Path) -> Callable[[Path, tuple[int, ...]], np.ndarray]:
     """Masks of boxes: a frame without one has no foreground."""
     columns = ("video", "frame", "x1", "y1", "x2", "y2")
     held: dict[str, list[tuple[int, float, float, float, float]]] = {}
-    for i, row in enumerate(annotations.rows(path, columns)):
+    for i, row in enumerate(lists.rows(path, columns)):
         try:
             numbers = [float(row[name]) for name in columns[1:]]
             if not all(np.isfinite(numbers)) or numbers[0] != int(numbers[0]):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from metazoo.errors import UserError
-from open_mede import annotations
-from open_mede.annotations import Listed
+from open_mede import lists
+from open_mede.lists import Listed
 
 
 def written(path: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -42,7 +42,7 @@ def test_kinetics(tmp_path: Path) -> None:
     written(tmp_path / "train.csv", KINETICS)
     written(tmp_path / "val.csv", "youtube_id,time_start,time_end,label,is_cc\nxyz,1003,1013,abseiling,0\n")
     written(tmp_path / "test.csv", "label,youtube_id,time_start,time_end\nabseiling,other,0,10\n")
-    found = annotations.read("kinetics", tmp_path)
+    found = lists.read("kinetics", tmp_path)
     assert shown(found, tmp_path) == [
         ("train/abseiling/0347ZoDXyP0_000095_000105.mp4", "abseiling", "train"),
         ("train/tango, dancing/-3B32lodo2M_000009_000019.mp4", "tango, dancing", "train"),
@@ -58,13 +58,13 @@ def test_kinetics_places(tmp_path: Path, place: str) -> None:
     written(tmp_path / "train.csv", KINETICS)
     video = tmp_path / place / "abc_def-gh1_000001_000011.mp4"
     empty(video)
-    assert annotations.kinetics(tmp_path).paths[2].resolve() == video.resolve()
+    assert lists.kinetics(tmp_path).paths[2].resolve() == video.resolve()
 
 
 def test_kinetics_test_list(tmp_path: Path) -> None:
     """Without val.csv it is test.csv."""
     written(tmp_path / "test.csv", "label,youtube_id,time_start,time_end\nabseiling,other,0,10\n")
-    assert shown(annotations.kinetics(tmp_path), tmp_path) == [
+    assert shown(lists.kinetics(tmp_path), tmp_path) == [
         ("test/abseiling/other_000000_000010.mp4", "abseiling", "test")
     ]
 
@@ -84,13 +84,13 @@ def test_ucf101(tmp_path: Path, below: str) -> None:
     written(lists / "testlist01.txt", "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n\nYoYo/v_YoYo_g01_c01.avi\n")
     written(lists / "trainlist02.txt", "YoYo/v_YoYo_g03_c01.avi 2\n")
     written(lists / "testlist02.txt", "YoYo/v_YoYo_g04_c01.avi\n")
-    assert shown(annotations.read("ucf101", tmp_path), tmp_path) == [
+    assert shown(lists.read("ucf101", tmp_path), tmp_path) == [
         ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "apply eye makeup", "train"),
         ("YoYo/v_YoYo_g08_c01.avi", "yo yo", "train"),
         ("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi", "apply eye makeup", "test"),
         ("YoYo/v_YoYo_g01_c01.avi", "yo yo", "test"),
     ]
-    assert [path.name for path in annotations.read("ucf101", tmp_path, 2).paths] == [
+    assert [path.name for path in lists.read("ucf101", tmp_path, 2).paths] == [
         "v_YoYo_g03_c01.avi", "v_YoYo_g04_c01.avi"
     ]  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_ucf101_places(tmp_path: Path, place: str) -> None:
     written(tmp_path / "trainlist01.txt", "YoYo/v_YoYo_g08_c01.avi 101\n")
     written(tmp_path / "testlist01.txt", "YoYo/v_YoYo_g09_c01.avi\n")
     empty(tmp_path / place / "v_YoYo_g08_c01.avi")
-    assert annotations.ucf101(tmp_path).paths[0] == tmp_path / place / "v_YoYo_g08_c01.avi"
+    assert lists.ucf101(tmp_path).paths[0] == tmp_path / place / "v_YoYo_g08_c01.avi"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_ucf101_places(tmp_path: Path, place: str) -> None:
     ],
 )  # fmt: skip
 def test_words(name: str, said: str) -> None:
-    assert annotations.words(name) == said
+    assert lists.words(name) == said
 
 
 # ---- HMDB-51
@@ -128,12 +128,12 @@ def test_hmdb51(tmp_path: Path, below: str) -> None:
     written(tmp_path / below / "wave_test_split1.txt", "a_wave.avi 1 \n")
     written(tmp_path / below / "wave_test_split2.txt", "b_wave.avi 2 \n")
     empty(tmp_path / "videos" / "wave" / "a_wave.avi")
-    assert shown(annotations.read("hmdb51", tmp_path), tmp_path) == [
+    assert shown(lists.read("hmdb51", tmp_path), tmp_path) == [
         ("brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_0.avi", "brush hair", "train"),
         ("brush_hair/brush&hair_#2_med_1.avi", "brush hair", "test"),
         ("videos/wave/a_wave.avi", "wave", "train"),
     ]
-    assert shown(annotations.read("hmdb51", tmp_path, 2), tmp_path) == [("wave/b_wave.avi", "wave", "test")]
+    assert shown(lists.read("hmdb51", tmp_path, 2), tmp_path) == [("wave/b_wave.avi", "wave", "test")]
 
 
 # ---- Something-Something v2
@@ -150,7 +150,7 @@ def test_ssv2(tmp_path: Path, below: str) -> None:
     written(tmp_path / below / "something-something-v2-train.json", json.dumps(rows))
     written(tmp_path / below / "something-something-v2-validation.json", json.dumps(rows[:1]))
     empty(tmp_path / "20bn-something-something-v2" / "42326.webm")
-    assert shown(annotations.read("ssv2", tmp_path), tmp_path) == [
+    assert shown(lists.read("ssv2", tmp_path), tmp_path) == [
         ("78687.webm", "Holding something next to something", "train"),
         ("20bn-something-something-v2/42326.webm", "Pretending to put something onto something", "train"),
         ("78687.webm", "Holding something next to something", "test"),
@@ -168,7 +168,7 @@ def test_table(tmp_path: Path) -> None:
         "wave ,sub/c.npy,val,y\nwave,d.mp4,validation,\nwave,e.mp4,,\n",
         encoding="utf-8-sig",
     )
-    assert shown(annotations.read(str(table), None), tmp_path) == [
+    assert shown(lists.read(str(table), None), tmp_path) == [
         ("a.mp4", "pushing, slowly", "train"),
         ("b c.mp4", 'say "hi"', "test"),
         ("sub/c.npy", "wave", "test"),
@@ -180,7 +180,7 @@ def test_table(tmp_path: Path) -> None:
 def test_table_without_split(tmp_path: Path) -> None:
     """All train; videos are in --data-dir where it is given, or where an absolute path says."""
     table = written(tmp_path / "t.csv", f"video,label\na.mp4,wave\n{tmp_path / 'b.mp4'},wave\n")
-    found = annotations.read(str(table), tmp_path / "elsewhere")
+    found = lists.read(str(table), tmp_path / "elsewhere")
     assert found.splits == ("train", "train")
     assert found.paths == (tmp_path / "elsewhere" / "a.mp4", tmp_path / "b.mp4")
 
@@ -190,7 +190,7 @@ def test_folders(tmp_path: Path) -> None:
     empty(*(tmp_path / name for name in ("open_door/b.mp4", "open_door/a.AVI", "open_door/notes.txt", "wave/c.npy")))
     (tmp_path / "wave" / "frames").mkdir()
     empty(tmp_path / "readme.md")
-    assert shown(annotations.read(str(tmp_path), None), tmp_path) == [
+    assert shown(lists.read(str(tmp_path), None), tmp_path) == [
         ("open_door/a.AVI", "open door", "train"), ("open_door/b.mp4", "open door", "train"),
         ("wave/c.npy", "wave", "train"), ("wave/frames", "wave", "train"),
     ]  # fmt: skip
@@ -198,7 +198,7 @@ def test_folders(tmp_path: Path) -> None:
 
 def test_folders_with_splits(tmp_path: Path) -> None:
     empty(*(tmp_path / name for name in ("train/wave/a.mp4", "test/wave/b.webm", "test/nod/c.mkv")))
-    assert shown(annotations.read(str(tmp_path), None), tmp_path) == [
+    assert shown(lists.read(str(tmp_path), None), tmp_path) == [
         ("train/wave/a.mp4", "wave", "train"), ("test/nod/c.mkv", "nod", "test"), ("test/wave/b.webm", "wave", "test"),
     ]  # fmt: skip
 
@@ -230,7 +230,7 @@ def test_frequent() -> None:
 
 def test_names_in(tmp_path: Path) -> None:
     path = written(tmp_path / "names.txt", "open door\n\n  wave \nsay, hi\n", encoding="utf-8-sig")
-    assert annotations.names_in(path) == ("open door", "wave", "say, hi")
+    assert lists.names_in(path) == ("open door", "wave", "say, hi")
 
 
 @pytest.mark.parametrize(
@@ -238,20 +238,20 @@ def test_names_in(tmp_path: Path) -> None:
 )
 def test_wrong_names(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        annotations.names_in(written(tmp_path / "names.txt", text))
+        lists.names_in(written(tmp_path / "names.txt", text))
 
 
 def test_no_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.txt: no such file"):
-        annotations.names_in(tmp_path / "none.txt")
+        lists.names_in(tmp_path / "none.txt")
 
 
 def test_check_split() -> None:
-    annotations.check_split(["a"], ["b"], ["a", "b", "c"])
+    lists.check_split(["a"], ["b"], ["a", "b", "c"])
     with pytest.raises(UserError, match=r"'a' is among base and novel classes \(2 are\)"):
-        annotations.check_split(["b", "a"], ["a", "b"], ["a", "b"])
+        lists.check_split(["b", "a"], ["a", "b"], ["a", "b"])
     with pytest.raises(UserError, match=r"class 'x' has no videos \(1 of them\)"):
-        annotations.check_split(["a"], ["x"], ["a"])
+        lists.check_split(["a"], ["x"], ["a"])
 
 
 # ---- errors
@@ -274,36 +274,36 @@ def test_check_split() -> None:
 def test_wrong_table(tmp_path: Path, text: str, says: str) -> None:
     """The line is that of the file, as an editor counts it."""
     with pytest.raises(UserError, match=says):
-        annotations.read(str(written(tmp_path / "t.csv", text)), None)
+        lists.read(str(written(tmp_path / "t.csv", text)), None)
 
 
 def test_comma_without_quotes(tmp_path: Path) -> None:
     """A label that is cut off at its comma would be another class."""
     table = written(tmp_path / "t.csv", "video,label\na.mp4,wave\nb.mp4,pushing, slowly\n")
     with pytest.raises(UserError, match=r"t\.csv, line 3: "):
-        annotations.read(str(table), None)
+        lists.read(str(table), None)
 
 
 def test_not_text(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"video,label\n\xff\xfe,x\n")
     with pytest.raises(UserError, match=r"t\.csv: not a \.csv in UTF-8"):
-        annotations.read(str(tmp_path / "t.csv"), None)
+        lists.read(str(tmp_path / "t.csv"), None)
     (tmp_path / "names.txt").write_bytes(b"\xe9t\xe9\n")
     with pytest.raises(UserError, match=r"names\.txt: not text in UTF-8"):
-        annotations.names_in(tmp_path / "names.txt")
+        lists.names_in(tmp_path / "names.txt")
 
 
 @pytest.mark.parametrize("name", ["none.csv", "notes.txt"])
 def test_no_table(tmp_path: Path, name: str) -> None:
     empty(tmp_path / "notes.txt")
     with pytest.raises(UserError, match=r"no such \.csv or folder; or one of features, sprites, kinetics"):
-        annotations.read(str(tmp_path / name), None)
+        lists.read(str(tmp_path / name), None)
 
 
 def test_no_videos_in_folders(tmp_path: Path) -> None:
     empty(tmp_path / "wave" / "notes.txt")
     with pytest.raises(UserError, match=r"no videos: put them into a folder for each class"):
-        annotations.read(str(tmp_path), None)
+        lists.read(str(tmp_path), None)
 
 
 @pytest.mark.parametrize(
@@ -315,33 +315,33 @@ def test_no_videos_in_folders(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_missing_lists(tmp_path: Path, dataset: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        annotations.read(dataset, tmp_path)
+        lists.read(dataset, tmp_path)
     with pytest.raises(UserError, match=rf"none: no such folder: give the one of {dataset}'s"):
-        annotations.read(dataset, tmp_path / "none")
+        lists.read(dataset, tmp_path / "none")
 
 
 @pytest.mark.parametrize("time", ["soon", "nan", "inf"])
 def test_wrong_kinetics(tmp_path: Path, time: str) -> None:
     written(tmp_path / "train.csv", f"label,youtube_id,time_start,time_end\na,x,0,10\na,y,{time},10\n")
     with pytest.raises(UserError, match=r"train\.csv, line 3: time_start and time_end are no numbers"):
-        annotations.kinetics(tmp_path)
+        lists.kinetics(tmp_path)
 
 
 def test_wrong_ucf101(tmp_path: Path) -> None:
     written(tmp_path / "trainlist01.txt", "YoYo/a.avi 1\n\nv_YoYo_g01_c01.avi 1\n")
     written(tmp_path / "testlist01.txt", "YoYo/b.avi\n")
     with pytest.raises(UserError, match=r"trainlist01\.txt, line 3: 'v_YoYo_g01_c01\.avi 1': give Class/video"):
-        annotations.ucf101(tmp_path)
+        lists.ucf101(tmp_path)
     empty(tmp_path / "trainlist01.txt", tmp_path / "testlist01.txt")
     with pytest.raises(UserError, match="its lists name no videos"):
-        annotations.ucf101(tmp_path)
+        lists.ucf101(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["a.avi", "a.avi 3", "a b.avi 1"])
 def test_wrong_hmdb51(tmp_path: Path, line: str) -> None:
     written(tmp_path / "wave_test_split1.txt", f"x.avi 1\n{line}\n")
     with pytest.raises(UserError, match=r"wave_test_split1\.txt, line 2: .*give a video and 0, 1 or 2"):
-        annotations.hmdb51(tmp_path)
+        lists.hmdb51(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"id": 1}]', '[{"id": 1, "template": null}]', "7"])
@@ -349,4 +349,4 @@ def test_wrong_ssv2(tmp_path: Path, text: str) -> None:
     written(tmp_path / "something-something-v2-train.json", text)
     written(tmp_path / "something-something-v2-validation.json", "[]")
     with pytest.raises(UserError, match=r"v2-train\.json: not a list of entries with id and template"):
-        annotations.ssv2(tmp_path)
+        lists.ssv2(tmp_path)
