@@ -105,12 +105,12 @@ def test_run_folder(folder: Path) -> None:
 
 def test_evaluate(folder: Path) -> None:
     found = good("evaluate", "run", "--average", "swa", cwd=folder)
-    held = json.loads((folder / "run" / "evaluation.json").read_text())
+    held = json.loads((folder / "run" / "evaluation-swa.json").read_text())
     for name in ("base_in", "base_out", "novel_in", "novel_out", "hm_in", "hm_out", "novel_drop", "chance_base_in"):
         assert -100 <= held[name] <= 100
         assert name in found.stdout
     assert {path.name for path in (folder / "run").glob("evaluation*.png")} == {
-        "evaluation.png", "evaluation-base.png", "evaluation-novel.png"
+        "evaluation-swa.png", "evaluation-swa-base.png", "evaluation-swa-novel.png"
     }  # fmt: skip
 
 
@@ -122,9 +122,9 @@ def test_own_videos_from_training_to_scores(folder: Path, own: Path) -> None:
     assert held["chance_base"] == held["chance_novel"] == pytest.approx(100 / 30)
     assert (own / "evaluation-strips.png").exists()
     good("evaluate", "own", "--dataset", "ooc/videos.csv", "--views", "1", "--without-trained", cwd=folder)
-    held = json.loads((own / "evaluation-videos.json").read_text())
+    held = json.loads((own / "evaluation-ooc.json").read_text())
     novel = set((folder / "world" / "novel.txt").read_text().splitlines())
-    assert set(held["by_class"]["videos"]) <= novel
+    assert set(held["by_class"]["ooc"]) <= novel
 
 
 def test_own_videos_resumed(folder: Path, own: Path) -> None:
@@ -169,8 +169,8 @@ def test_predict(folder: Path, own: Path) -> None:
 def test_average(folder: Path) -> None:
     """By hand: shares of a bell at 2 of width 1; integers are the last's; folders and files alike."""
     found = good(
-        "average", "e1", "e2/model.safetensors", "e3", "--mu", "2", "--sigma", "1", "--output", "new/averaged.safetensors",
-        cwd=folder,
+        "average", "e1", "e2/model.safetensors", "e3", "--mu", "2", "--sigma", "1", "--output",
+        "new/averaged.safetensors", cwd=folder,
     )  # fmt: skip
     shares = gaussian_weights(3, 2.0, 1.0)
     assert "weight_2" in found.stdout

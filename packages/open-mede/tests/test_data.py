@@ -32,6 +32,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in TRAINED.items():
         lines += [f"{name}{i}.mp4,{name},{'train' if i < count else 'test'}" for i in range(count + 2)]
     (folder / "videos.csv").write_text("\n".join(lines) + "\n")
+    for line in lines[1:]:
+        (folder / line.split(",")[0]).touch()
     return folder / "videos.csv"
 
 
@@ -39,9 +41,9 @@ def config(table: Path, **options: Any) -> Config:
     return Config(dataset=str(table), model="x", frames=2, stride=1, **options)
 
 
-def names(path: Path, *classes: str) -> Path:
+def names(path: Path, *classes: str) -> str:
     path.write_text("\n".join(classes) + "\n")
-    return path
+    return str(path)
 
 
 def shown(clips: Clips | VideoClips | None) -> tuple[tuple[str, ...], list[str]]:
@@ -95,7 +97,7 @@ def test_wrong_classes(table: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"class 'jump' has no videos"):
         data.load(config(table, base_classes=base, novel_classes=names(tmp_path / "n.txt", "jump")))
     with pytest.raises(UserError, match=r"none\.txt: no such file"):
-        data.load(config(table, base_classes=tmp_path / "none.txt"))
+        data.load(config(table, base_classes=str(tmp_path / "none.txt")))
     with pytest.raises(UserError, match=r"none\.csv: no such \.csv or folder"):
         data.load(config(tmp_path / "none.csv"))
 
@@ -127,12 +129,16 @@ def test_shots(table: Path) -> None:
     assert len(found.tests["base"]) == 2 * len(TRAINED)
 
 
-def test_nothing_to_train_on(tmp_path: Path) -> None:
+def test_nothing_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tests alone: a frozen learner can still be scored."""
     (tmp_path / "t.csv").write_text("video,label,split\na.mp4,wave,test\nb.mp4,nod,test\n")
+    with pytest.raises(UserError, match=r"none of the 2 videos is there, as .*a\.mp4: look at --data-dir"):
+        data.load(config(tmp_path / "t.csv"))
+    (tmp_path / "b.mp4").touch()
     found = data.load(config(tmp_path / "t.csv"))
+    assert "1 of 2 videos looked at are missing" in capsys.readouterr().err
     assert found.train is None
-    assert len(found.tests["base"]) == 2
+    assert {name: len(clips) for name, clips in found.tests.items()} == {"novel": 2}
 
 
 # ---- other data sets
@@ -237,7 +243,7 @@ def test_written_again(world: Path, tmp_path: Path) -> None:
 def test_from_sprites_to_predictions(world: Path, tmp_path: Path) -> None:
     """What make-data writes is read by load, by make-ooc, whose table is another data set, and by predict."""
     own = Config(
-        dataset=str(world / "videos.csv"), base_classes=world / "base.txt", novel_classes=world / "novel.txt",
+        dataset=str(world / "videos.csv"), base_classes=str(world / "base.txt"), novel_classes=str(world / "novel.txt"),
         model="x", frames=8, stride=1, views=1, jitter=(224, 224),
     )  # fmt: skip
     found = data.load(own)

@@ -212,7 +212,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = Config(
-        dataset=str(table), base_classes=table.parent / "base.txt", model=str(table.parent / "clip"), frames=3,
+        dataset=str(table), base_classes=str(table.parent / "base.txt"), model=str(table.parent / "clip"), frames=3,
         stride=2, views=2, adapter=2, epochs=1, batch=4, method="meta", alpha=0.1, lr=0.1, workers=1,
         unreadable="skip",
     )  # fmt: skip

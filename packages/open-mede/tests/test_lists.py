@@ -75,15 +75,15 @@ def test_kinetics_test_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", [".", "ucfTrainTestlist", "splits"])
 def test_ucf101(tmp_path: Path, below: str) -> None:
     """Training lists have numbers of classes, test lists have none; lists may end lines as Windows does."""
-    lists = tmp_path / below
-    written(lists / "classInd.txt", "1 ApplyEyeMakeup\n2 YoYo\n")
+    held = tmp_path / below
+    written(held / "classInd.txt", "1 ApplyEyeMakeup\n2 YoYo\n")
     written(
-        lists / "trainlist01.txt",
+        held / "trainlist01.txt",
         "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nYoYo/v_YoYo_g08_c01.avi 2\r\n",
     )
-    written(lists / "testlist01.txt", "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n\nYoYo/v_YoYo_g01_c01.avi\n")
-    written(lists / "trainlist02.txt", "YoYo/v_YoYo_g03_c01.avi 2\n")
-    written(lists / "testlist02.txt", "YoYo/v_YoYo_g04_c01.avi\n")
+    written(held / "testlist01.txt", "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n\nYoYo/v_YoYo_g01_c01.avi\n")
+    written(held / "trainlist02.txt", "YoYo/v_YoYo_g03_c01.avi 2\n")
+    written(held / "testlist02.txt", "YoYo/v_YoYo_g04_c01.avi\n")
     assert shown(lists.read("ucf101", tmp_path), tmp_path) == [
         ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "apply eye makeup", "train"),
         ("YoYo/v_YoYo_g08_c01.avi", "yo yo", "train"),

@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from metazoo import runfolder
 from metazoo.errors import UserError
 from open_mede import videos
 from open_mede.config import Config, PredictOptions
@@ -73,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(frame).save(root / "b" / f"{i:03d}.png")
     movie(root / "c.mp4", frames)
     np.save(root / "short.npy", frames[:5])
+    np.save(root / "long.npy", np.concatenate([frames, frames]))
     (root / "text.mp4").write_text("404")
     return root
 
@@ -204,7 +206,7 @@ def test_clip_is_the_mean_over_frames(folder: Path, tmp_path: Path) -> None:
 def test_frames_of_an_xclip(folder: Path, tmp_path: Path, frames: int) -> None:
     """It has places for 8 frames: another number is refused by name, not by a traceback."""
     with pytest.raises(UserError, match="8"):
-        asked(folder, tmp_path, "a.npy", model=str(folder / "xclip"), frames=frames)
+        asked(folder, tmp_path, "long.npy", model=str(folder / "xclip"), frames=frames)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,7 @@ def test_wrong_models(folder: Path, tmp_path: Path, model: str, says: str) -> No
     if model == "unfinished":
         source = tmp_path / "run"
         (source / "checkpoints").mkdir(parents=True)
+        runfolder.write_json(source / "config.json", runfolder.config_to_dict(TINY))
     with pytest.raises(UserError, match=says) as raised:
         asked(folder, tmp_path / "out", "a.npy", model=str(source))
     assert "\n" not in str(raised.value)
@@ -274,9 +277,10 @@ def test_config_without_backbone(folder: Path, tmp_path: Path) -> None:
         ({"classes": ()}, "no --classes"), ({"top_k": 0}, "--top-k is 0"), ({"frames": 0}, "--frames is 0"),
         ({"stride": 0}, "--stride is 0"), ({"views": 0}, "--views is 0"),
         ({"templates": ("a {} and {}",)}, "give one {} for the class name"),
-        ({"templates": ("a {name}",)}, "give one {} for the class name"), ({"templates": ()}, "--templates: none given"),
+        ({"templates": ("a {name}",)}, "give one {} for the class name"),
+        ({"model": ""}, "no --model"),
     ],
 )  # fmt: skip
 def test_wrong_options(folder: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        PredictOptions(**{"videos": (folder / "a.npy",), "classes": CLASSES, **options})
+        PredictOptions(**{"videos": (folder / "a.npy",), "classes": CLASSES, "model": "m", **options})

@@ -164,7 +164,7 @@ def test_many_mask_images(tmp_path: Path) -> None:
 
 
 def test_boxes(tmp_path: Path) -> None:
-    """Any number a frame, cut at the border; a frame without one, and a frame that is not there, have no foreground."""
+    """Any number a frame, cut at the border; frames before the first and after the last box are left out."""
     table = own(tmp_path, 1)
     (tmp_path / "boxes.csv").write_text(
         "video,frame,x1,y1,x2,y2\n0.npy,0,3,5,10,12\n0.npy,0,20.4,0,99,2.6\n0.npy,2,-5,-5,4,4\n0.npy,50,0,0,9,9\n"
@@ -175,8 +175,9 @@ def test_boxes(tmp_path: Path) -> None:
     masks[0, 5:12, 3:10] = True
     masks[0, 0:3, 20:] = True
     masks[2, :4, :4] = True
-    clip = assert_pasted(tmp_path / "ooc" / rows(Path(found["table"]))[1][0], FRAMES, masks)
-    assert np.array_equal(clip[1], clip[3])
+    # what is annotated: frames 0 to 2
+    clip = assert_pasted(tmp_path / "ooc" / rows(Path(found["table"]))[1][0], FRAMES[:3], masks[:3])
+    assert np.array_equal(clip[1, 12:, 12:], clip[2, 12:, 12:])
 
 
 def movie(path: Path) -> np.ndarray:
@@ -321,3 +322,13 @@ def test_wrong_options(tmp_path: Path, options: dict[str, Any], says: str) -> No
     paths = {name: tmp_path / value if isinstance(value, str) else value for name, value in options.items()}
     with pytest.raises(UserError, match=says):
         ScubaOptions(**paths)
+
+
+def test_flickering_foreground(tmp_path: Path) -> None:
+    """Masks are of whole videos: one that is hidden at an end keeps its frames, or it is too short to be a clip."""
+    np.save(tmp_path / "a.npy", FRAMES)
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks" / "a.npy", MASKS & np.array([True, False, True, False])[:, None, None])
+    (tmp_path / "videos.csv").write_text("video,label\na.npy,flicker\n")
+    found = made(tmp_path / "videos.csv", draws=1)
+    assert len(np.load(tmp_path / "ooc" / rows(Path(found["table"]))[1][0])) == 4

@@ -180,7 +180,7 @@ def test_every_method(tmp_path: Path, method: Any) -> None:
     assert len(start.metrics) == 3
     assert not start.weights
     run = trained(tmp_path / "run", replace(SPRITES, method=method, mix=0.0))
-    assert losses(run)[:3] == losses(start)
+    assert losses(run)[:3] == pytest.approx(losses(start), rel=1e-5)  # other kernels beside parts that add nothing
     assert np.isfinite(losses(run)).all()
     begun = start.model.state_dict()
     changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, begun[name])}
@@ -290,16 +290,15 @@ def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_low_rank_run(tmp_path: Path) -> None:
-    """It can be scored right after training and when it is loaded, with every average; what is saved is merged."""
-    config = replace(SPRITES, trained="lora", lora_rank=2, adapter=0)
+    """It can be scored right after training and when it is loaded; what is saved is merged."""
+    config = replace(SPRITES, trained="lora", lora_rank=2, adapter=0, average="last")
     run = trained(tmp_path / "run", config)
-    assert all("lora_" in name for name in run.weights["gwa"])
+    assert all("lora_" in name for name in run.weights["last"])
     again = train.load(tmp_path / "run", source)
     options = EvaluateOptions(plots=False)
-    for average in ("last", "gwa"):
-        one = evaluate.evaluate(again, replace(options, average=average))
-        other = evaluate.evaluate(run, replace(options, average=average))
-        assert one == other
+    assert evaluate.evaluate(again, options) == evaluate.evaluate(run, options)
+    with pytest.raises(UserError, match="--average gwa: the run has last"):
+        evaluate.evaluate(again, replace(options, average="gwa"))
     again.use()
     saved = load_classifier(tmp_path / "run" / "model")
     clips = torch.randn(2, 8, 3, 32, 32)

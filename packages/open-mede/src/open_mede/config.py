@@ -40,7 +40,7 @@ def check_templates(templates: tuple[str, ...]) -> None:
     if not templates:
         raise UserError('--templates: none given: give one or more, as "{}"')
     for template in templates:
-        if template.count("{}") != 1 or template.replace("{}", "").strip("{}") != template.replace("{}", ""):
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise UserError(f"--templates {template!r}: give one {{}} for the class name, as 'a video of {{}}.'")
 
 
@@ -52,15 +52,16 @@ class Config:
     """features (generated vectors), sprites (generated clips), kinetics, ucf101, hmdb51, ssv2 (videos in --data-dir
     with their official lists), a .csv with columns video, label and, if any, split (train or test), or a folder with a
     folder of videos for each class."""
-    data_dir: Path | None = None
-    """Folder of videos [default: beside the .csv]."""
+    data_dir: str | None = None
+    """Folder of videos [default: beside the .csv]. Where scuba/videos.csv is in it, as make-ooc writes it, tests are in
+    context and out of it."""
     list_number: int = 1
     """Which of the official lists (ucf101, hmdb51)."""
     split: Literal["all", "frequent"] = "all"
     """Classes that are trained on: all, or the half with the most training videos, the others being novel (videos)."""
-    base_classes: Path | None = None
+    base_classes: str | None = None
     """File with the names of classes to be trained on, one a line (videos)."""
-    novel_classes: Path | None = None
+    novel_classes: str | None = None
     """File with the names of novel classes, one a line [default: all others; videos]."""
     shots: int | None = None
     """Training videos of each class [default: all; videos]."""
@@ -179,7 +180,8 @@ class Config:
     checkpointing: bool = False
     """Compute activations again in the backward pass, to save memory (CLIP)."""
     watch_every: int = 0
-    """Steps between two measurements of what the inner step does, at the cost of a step; 0: never."""
+    """Steps between two measurements of what the inner step does, at the cost of a step; 0: never. A multiple of
+    --log-every, or they are not written."""
 
     average: Literal["gwa", "swa", "ema", "last"] = "gwa"
     """Final weights: Gaussian-weighted, uniform or exponential average of the epochs', or the last."""
@@ -212,6 +214,9 @@ class Config:
             raise UserError(f"--swa-start is {self.swa_start}, --epochs {self.epochs}: give one of the epochs")
         if self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs}, --epochs {self.epochs}: give fewer")
+        if self.order == "second" and self.checkpointing:
+            raise UserError("--order second and --checkpointing: activations would be computed again at other weights: "
+                            "leave one out")  # fmt: skip
         if self.order == "second" and self.method != "meta":
             raise UserError(f"--order second is for --method meta, this is {self.method}: leave it out")
         if self.query != "next" and self.method not in ("meta", "two-batch"):
@@ -231,6 +236,9 @@ class Config:
             raise UserError("--image-steps are for --dataset sprites --model tiny: give 0")
         if self.trained == "adapter" and not self.adapter and clip:
             raise UserError("--trained adapter: there is none: give --adapter 8 or more")
+        if self.trained == "lora" and (self.average != "last" or self.mix or self.method in ("interp", "l2-sp")):
+            raise UserError("--trained lora: factors of low rank cannot be averaged for their products: give "
+                            "--average last, without --mix, and another method than interp and l2-sp")  # fmt: skip
         if not clip and (self.trained != "vision" or self.checkpointing):
             raise UserError(f"--trained and --checkpointing are for CLIPs, this is {self.model}: leave them out")
 
@@ -259,9 +267,11 @@ class EvaluateOptions:
     dataset: str | None = None
     """Another data set, whose classes are asked for: a name, .csv or folder [default: the run's own tests]."""
     data_dir: Path | None = None
-    """Folder of its videos."""
+    """Folder of its videos [default: beside the .csv]."""
     list_number: int = 1
     """Which of its official lists."""
+    unreadable: Literal["stop", "skip"] | None = None
+    """A video that cannot be read: stop, or leave it out; it is named and counted [default: the run's]."""
     without_trained: bool = False
     """Leave its classes that the run was trained on out, as the K600 protocol does."""
     views: int | None = None
@@ -269,7 +279,7 @@ class EvaluateOptions:
     templates: tuple[str, ...] = ()
     """Prompts of a class [default: the run's]."""
     batch_size: int = 64
-    """Clips at a time."""
+    """Clips or videos at a time, these with all their views."""
     plots: bool = True
     """Draw accuracies, classes, and frames with predictions."""
 
@@ -289,20 +299,20 @@ class PredictOptions:
 
     videos: Positional[tuple[Path, ...]] = ()
     """Videos: files, folders of frames, or .npy [T, H, W, 3]."""
-    model: str = "runs/open-mede-small"
+    model: str = ""
     """A run folder, a saved VideoTextClassifier, or the hub id or folder of a CLIP or X-CLIP."""
     classes: tuple[str, ...] = ()
     """Class names, or one file with a name a line."""
-    templates: tuple[str, ...] = ("{}",)
-    """Prompts of a class."""
+    templates: tuple[str, ...] = ()
+    """Prompts of a class [default: the run's, or the plain name]."""
     top_k: int = 3
     """Classes that are given for each video."""
-    frames: int = 8
-    """Frames of a clip."""
-    stride: int = 16
-    """Video frames from one to the next."""
-    views: int = 3
-    """Clips of a video."""
+    frames: int | None = None
+    """Frames of a clip [default: the run's, or 8]."""
+    stride: int | None = None
+    """Video frames from one to the next [default: the run's, or 16]."""
+    views: int | None = None
+    """Clips of a video [default: the run's, or 3]."""
     unreadable: Literal["stop", "skip"] = "stop"
     """A video that cannot be read: stop, or name it and go on."""
     output_dir: Path = Path("runs/open-mede-predict")
@@ -319,7 +329,10 @@ class PredictOptions:
                 raise UserError(f"{video}: no such video")
         if not self.classes:
             raise UserError("no --classes: give class names, or a file with a name a line")
-        check_templates(self.templates)
+        if not self.model:
+            raise UserError("no --model: give a run folder, or the hub id or folder of a CLIP or X-CLIP")
+        if self.templates:
+            check_templates(self.templates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,8 +418,8 @@ _SPRITES = Config(
 
 # FROSTER's and Open-VCLIP's runs: 64 videos over 8 GPUs, 22 epochs, AdamW; alpha is not published.
 _PAPER = Config(
-    dataset="kinetics", data_dir=Path("kinetics"), model="openai/clip-vit-base-patch16", epochs=22, batch=64,
-    optimizer="adamw", lr=3.33e-6, weight_decay=0.01, warmup_epochs=2, clip=1.0, alpha=3.33e-5, flip=True,
+    dataset="kinetics", data_dir="kinetics", model="openai/clip-vit-base-patch16", epochs=22, batch=64,
+    optimizer="adamw", lr=3.33e-6, weight_decay=0.01, warmup_epochs=2, clip=1.0, alpha=3.33e-5,
     precision="bf16", checkpointing=True, workers=8, swa_start=2, unreadable="skip",
 )  # fmt: skip
 
@@ -414,6 +427,6 @@ PRESETS: dict[str, Config] = {
     "small": Config(),
     "paper": _PAPER,
     "sprites": _SPRITES,
-    "base-to-novel": replace(_PAPER, dataset="ucf101", data_dir=Path("ucf101"), split="frequent", shots=16),
+    "base-to-novel": replace(_PAPER, dataset="ucf101", data_dir="ucf101", split="frequent", shots=16, epochs=12),
     "xclip": replace(_PAPER, model="microsoft/xclip-base-patch16", expand=False),
 }

@@ -28,8 +28,8 @@ class Step:
 
     Attributes:
         support_loss: L^S(θ).
-        query_loss: L^Q(θ′).
-        cosine: of ∇L^S(θ) and ∇L^Q(θ′).
+        query_loss: L^Q(θ′); L^S(θ) where the query is not looked at.
+        cosine: of ∇L^S(θ) and ∇L^Q(θ′); 0 where it is not.
     """
 
     support_loss: Tensor

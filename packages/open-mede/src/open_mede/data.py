@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,9 @@ from metazoo.errors import UserError
 from open_mede import features, lists, sprites, videos
 from open_mede.config import Config, SpriteOptions
 from open_mede.features import FeatureWorld
+
+SCUBA = Path("scuba") / "videos.csv"
+"""Where the folder of a data set has its tests on other backgrounds."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class VideoClips:
 
     def _skip(self, index: int, error: UserError) -> None:
         if self.config.unreadable == "stop":
-            raise UserError(f"{error} (--unreadable skip takes another in its place)") from error
+            raise UserError(f"{error} (--unreadable skip goes on without it)") from error
         if index not in self.skipped:
             self.skipped[index] = str(self.paths[index])
             print(f"skipped: {error}", file=sys.stderr)
@@ -233,7 +237,7 @@ def _sprites(config: Config) -> Data:
         base, novel = world.known[kept], world.known[out]
     rng = np.random.default_rng([config.seed, 6])
     labels = base[rng.permutation(config.clips) % len(base)]
-    train = _subset(names, base, labels, world.clips(labels, rng, ratio=config.ratio))
+    train = _subset(names, base, labels, world.clips(labels, rng, ratio=config.ratio, classes=base))
     tests = {}
     for number, (kind, classes) in enumerate((("base", base), ("novel", novel))):
         asked, inside, outside = world.test(classes, config.test_clips, config.draws, number)
@@ -245,8 +249,9 @@ def _sprites(config: Config) -> Data:
 
 
 def _videos(config: Config) -> Data:
-    listed = lists.read(config.dataset, config.data_dir, config.list_number)
+    listed = lists.read(config.dataset, Path(config.data_dir) if config.data_dir else None, config.list_number)
     base, novel = _classes(config, listed)
+    _check_there(listed)
     paths, labels = listed.of("train", base)
     if config.holdout:  # the novel classes stay unseen: some of the base classes stand for them
         kept, out = _kept(len(base), config)
@@ -258,25 +263,68 @@ def _videos(config: Config) -> Data:
     if config.shots is not None:
         paths, labels = _few(paths, labels, config)
     train = VideoClips(paths, labels, base, config) if paths else None
-    tests = {
-        kind: VideoClips(found, names, base if kind == "base" else novel, config)
-        for kind, (found, names) in held.items()
-        if found
-    }
+    of_kind = {"base": base, "novel": novel}
+    tests = {kind: VideoClips(found, names, of_kind[kind], config) for kind, (found, names) in held.items() if found}
+    if not tests:
+        print(f"{config.dataset}: no test videos: there will be nothing to evaluate", file=sys.stderr)
+    elsewhere = Path(config.data_dir or ".") / SCUBA
+    if config.data_dir is not None and not config.holdout and elsewhere.is_file():
+        tests = with_context(tests, elsewhere, config)
     return Data(train, tests)
+
+
+def with_context(tests: Mapping[str, Clips | VideoClips], table: Path, config: Config) -> dict[str, Any]:
+    """Tests in context, as NAME_in, and the same classes on other backgrounds, as NAME_out.
+
+    Args:
+        tests: by name.
+        table: .csv of the same videos on other backgrounds.
+        config: of the clips.
+
+    Raises:
+        UserError: none of a test's classes is in the table.
+    """
+    listed = lists.table(table, table.parent)
+    found: dict[str, Any] = {}
+    for name, clips in tests.items():
+        paths, labels = listed.of("test", clips.classes)
+        if not paths:
+            raise UserError(f"{table}: no test videos of {name} classes, as {clips.classes[0]!r}: make them anew")
+        found[f"{name}_in"] = clips
+        found[f"{name}_out"] = VideoClips(paths, labels, clips.classes, config)
+    return found
+
+
+def _check_there(listed: lists.Listed, looked: int = 500) -> None:
+    """Say before anything is loaded that videos are missing, and refuse where all are.
+
+    Raises:
+        UserError: none of those that are looked at is there.
+    """
+    chosen = listed.paths[:: max(1, len(listed.paths) // looked)]
+    missing = [path for path in chosen if not path.exists()]
+    if len(missing) == len(chosen):
+        raise UserError(f"none of the {len(listed.paths)} videos is there, as {chosen[0]}: look at --data-dir")
+    if missing and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{len(missing)} of {len(chosen)} videos looked at are missing, as {missing[0]}", file=sys.stderr)
+    videos.check_reader(next(path for path in chosen if path.exists()))
 
 
 def _classes(config: Config, listed: lists.Listed) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Base and novel."""
     if config.base_classes is not None:
-        base = lists.names_in(config.base_classes)
+        base = lists.names_in(Path(config.base_classes))
         if config.novel_classes is not None:
-            novel = lists.names_in(config.novel_classes)
+            novel = lists.names_in(Path(config.novel_classes))
         else:
             novel = tuple(name for name in listed.classes if name not in set(base))
         lists.check_split(base, novel, listed.classes)
         return base, novel
-    return listed.frequent() if config.split == "frequent" else (listed.classes, ())
+    if config.split == "frequent":
+        return listed.frequent()
+    trained = {label for label, split in zip(listed.labels, listed.splits, strict=True) if split == "train"}
+    base = tuple(name for name in listed.classes if name in trained)
+    return base, tuple(name for name in listed.classes if name not in trained)
 
 
 def _few(paths: Sequence[Path], labels: Sequence[str], config: Config) -> tuple[list[Path], list[str]]:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from open_mede import videos
 from open_mede.config import AverageOptions, Config
 
 
@@ -72,7 +73,8 @@ class WeightAverage:
             elif name not in self.average or share == 1:
                 self.average[name] = held.to(torch.float32, copy=True)
             else:
-                self.average[name].mul_(1 - share).add_(held.float(), alpha=share)
+                old = self.average[name].to(held.device)  # a checkpoint's is on the CPU
+                self.average[name] = old.mul_(1 - share).add_(held.float(), alpha=share)
 
     def state_dict(self) -> dict[str, Any]:
         """All that goes on from here."""
@@ -81,10 +83,7 @@ class WeightAverage:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Of :meth:`state_dict`."""
         self.epoch = int(state["epoch"])
-        self.average = {
-            name: value.detach().clone().to(self.average[name].device if name in self.average else value.device)
-            for name, value in state["average"].items()
-        }
+        self.average = {name: value.detach().clone() for name, value in state["average"].items()}
 
 
 class GaussianWeightAverage(WeightAverage):
@@ -143,10 +142,13 @@ def averages_of(config: Config) -> dict[str, WeightAverage]:
 
 def bell(epochs: int, mu: float | None, sigma: float | None) -> tuple[float, float]:
     """μ and σ, E / 2 and E / 6 where they are not given (the paper's are not published)."""
-    mu = epochs / 2 if mu is None else mu
-    if not 1 <= mu <= epochs:
+    return max(1.0, epochs / 2) if mu is None else mu, epochs / 6 if sigma is None else sigma
+
+
+def warn_outside(epochs: int, mu: float | None) -> None:
+    """Say so where μ was given outside of the epochs: it may be meant."""
+    if mu is not None and not 1 <= mu <= epochs:
         print(f"mu is {mu:g}, outside of epochs 1 to {epochs}: the average leans to one end", file=sys.stderr)
-    return mu, epochs / 6 if sigma is None else sigma
 
 
 def check_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor], where: str) -> None:
@@ -175,6 +177,10 @@ def average(options: AverageOptions) -> dict[str, Any]:
     epochs = len(options.checkpoints)
     mu, sigma = bell(epochs, options.mu, options.sigma)
     running = GaussianWeightAverage(mu, sigma)
+    warn_outside(epochs, options.mu)
+    names = [str(path) for path in options.checkpoints]
+    if names != sorted(names, key=videos.natural):
+        print(f"epochs as they were given, {names[0]} first, not by their numbers", file=sys.stderr)
     kinds: dict[str, torch.dtype] = {}
     for path in options.checkpoints:
         weights = _read(path)

@@ -121,7 +121,8 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
     if not isinstance(run, Run):
         run = load(run)
     if options.average is not None and options.average not in run.weights:
-        raise UserError(f"--average {options.average}: nothing was trained: leave it out")
+        held = ", ".join(name for name in run.weights if name != "start") or "none"
+        raise UserError(f"--average {options.average}: the run has {held}: leave it out, or give one of these")
     model = run.use(options.average)
     tests = _tests(run, options)
     evaluator = OpenVocabularyEvaluator(model, options.templates or run.config.templates, options.batch_size)
@@ -130,7 +131,8 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
     found |= {f"chance_{name}": 100 / len(one.classes) for name, one in scored.items()}
     if videos := [clips for clips in tests.values() if isinstance(clips, VideoClips)]:
         found["skipped"] = sum(len(clips.skipped) for clips in videos)
-    stem = "evaluation" if options.dataset is None else f"evaluation-{_stem(options.dataset)}"
+    said = [options.dataset and _stem(options), options.average]
+    stem = "-".join(["evaluation", *(str(one) for one in said if one)])
     kept = {**found, "by_class": {name: one.by_class for name, one in scored.items()}}
     runfolder.write_text(run.folder / f"{stem}.json", json.dumps(kept, indent=2) + "\n")
     if options.plots:
@@ -138,24 +140,28 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
     return found
 
 
-def _stem(dataset: str) -> str:
-    return Path(dataset).stem
+def _stem(options: EvaluateOptions) -> str:
+    """Name of another data set: of its file, or, as many are called videos.csv, of the folder that it is in."""
+    path = Path(options.dataset or "")
+    name = path.absolute().parent.name if path.stem == "videos" else path.stem
+    return name if options.list_number == 1 else f"{name}-{options.list_number}"
 
 
 def _tests(run: Run, options: EvaluateOptions) -> Mapping[str, Clips | VideoClips]:
-    views = options.views or run.config.views
+    config = replace(
+        run.config, views=options.views or run.config.views, unreadable=options.unreadable or run.config.unreadable
+    )
     if options.dataset is not None:
         if run.config.dataset == "features":
             raise UserError("--dataset: this run has learned of feature vectors, not of videos: leave it out")
         trained = run.data.train.classes if run.data.train is not None and options.without_trained else ()
-        config = replace(run.config, views=views)
         other = data.other_data(options.dataset, options.data_dir, options.list_number, config, trained)
-        return {_stem(options.dataset): other}
+        return {_stem(options): other}
     if not run.data.tests:
         raise UserError(f"{run.config.dataset}: no test clips: give a split with train and test, or --dataset")
     for clips in run.data.tests.values():
         if isinstance(clips, VideoClips):
-            clips.config = replace(clips.config, views=views)
+            clips.config = config
     return run.data.tests
 
 

@@ -83,19 +83,21 @@ def read(dataset: str, data_dir: Path | None, number: int = 1) -> Listed:
 def table(path: Path, folder: Path) -> Listed:
     """A .csv with columns video, label and, if any, split (train or test; all train without it)."""
     held = rows(path, ("video", "label"))
-    splits = [(row.get("split") or "train").strip().lower() for row in held]
+    splits = [(row.get("split") or "train").strip().lower() for _, row in held]
     splits = ["test" if split in ("val", "validation", "test") else split for split in splits]
-    for i, split in enumerate(splits):
+    for (line, _), split in zip(held, splits, strict=True):
         if split not in ("train", "test"):
-            raise UserError(f"{path}, line {i + 2}: split is {split!r}: give train or test")
-    return _listed(path, [folder / row["video"].strip() for row in held], [row["label"] for row in held], splits)
+            raise UserError(f"{path}, line {line}: split is {split!r}: give train or test")
+    return _listed(path, [folder / row["video"].strip() for _, row in held], [row["label"] for _, row in held], splits)
 
 
 def folders(path: Path) -> Listed:
-    """A folder with train/ and test/, or none of these, and in it a folder of videos for each class."""
-    parts = {split: path / split for split in ("train", "test") if (path / split).is_dir()} or {"train": path}
+    """A folder with train/ and test/ (or val/), or none of these, and in it a folder of videos for each class."""
+    kinds = {"train": "train", "val": "test", "valid": "test", "validation": "test", "test": "test"}
+    parts = {kind: path / kind for kind in kinds if (path / kind).is_dir()} or {"train": path}
     paths, labels, splits = [], [], []
-    for split, part in parts.items():
+    for kind, part in parts.items():
+        split = kinds[kind]
         for folder in sorted(one for one in part.iterdir() if one.is_dir()):
             for video in sorted(folder.iterdir()):
                 if video.suffix.lower() in EXTENSIONS or video.is_dir():
@@ -120,11 +122,11 @@ def kinetics(folder: Path, number: int = 1) -> Listed:
         file = folder / f"{name}.csv"
         if not file.is_file() or (name == "test" and "test" in splits):
             continue
-        for i, row in enumerate(rows(file, ("label", "youtube_id", "time_start", "time_end"))):
+        for line, row in rows(file, ("label", "youtube_id", "time_start", "time_end")):
             try:
                 stem = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
             except (ValueError, OverflowError) as error:
-                raise UserError(f"{file}, line {i + 2}: time_start and time_end are no numbers of seconds") from error
+                raise UserError(f"{file}, line {line}: time_start and time_end are no numbers of seconds") from error
             label = row["label"].strip()
             places = (
                 folder / name / label, folder / name / label.replace(" ", "_"), folder / label, folder / name, folder
@@ -146,10 +148,10 @@ def ucf101(folder: Path, number: int = 1) -> Listed:
     splits: list[str] = []
     for split in ("train", "test"):
         file = _needed(lists / f"{split}list{number:02d}.txt")
-        for i, line in enumerate(_lines(file)):
+        for number_of_line, line in _lines(file):
             video = line.split()[0]
             if "/" not in video:
-                raise UserError(f"{file}, line {i + 1}: {line!r}: give Class/video.avi, and a number or none")
+                raise UserError(f"{file}, line {number_of_line}: {line!r}: give Class/video.avi, and a number or none")
             paths.append(_first(folder / video, folder / "UCF-101" / video, folder / "videos" / video))
             labels.append(words(video.split("/")[0]))
             splits.append(split)
@@ -170,10 +172,10 @@ def hmdb51(folder: Path, number: int = 1) -> Listed:
     splits: list[str] = []
     for file in files:
         name = re.sub(r"_test_split\d+\.txt$", "", file.name)
-        for i, line in enumerate(_lines(file)):
+        for number_of_line, line in _lines(file):
             parts = line.split()
             if len(parts) != 2 or parts[1] not in ("0", "1", "2"):
-                raise UserError(f"{file}, line {i + 1}: {line!r}: give a video and 0, 1 or 2")
+                raise UserError(f"{file}, line {number_of_line}: {line!r}: give a video and 0, 1 or 2")
             if parts[1] != "0":
                 paths.append(_first(folder / name / parts[0], folder / "videos" / name / parts[0], folder / parts[0]))
                 labels.append(name.replace("_", " "))
@@ -218,7 +220,7 @@ def names_in(path: Path) -> tuple[str, ...]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file: give one with a class name a line")
-    found = [line.strip() for line in _lines(path)]
+    found = [line.strip() for _, line in _lines(path)]
     if not found:
         raise UserError(f"{path} is empty: give a class name a line")
     if twice := [name for name, count in Counter(found).items() if count > 1]:
@@ -234,11 +236,11 @@ def check_split(base: Sequence[str], novel: Sequence[str], known: Iterable[str])
         raise UserError(f"class {unknown[0]!r} has no videos ({len(unknown)} of them): write it as the data set does")
 
 
-def rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Of a .csv with a header.
+def rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Of a .csv with a header, each with its line.
 
     Raises:
-        UserError: not such a file, a column is missing, or a value of these columns.
+        UserError: not such a file, a column or a value of these is missing, or there are more values than columns.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -246,20 +248,24 @@ def rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
             header = reader.fieldnames or []
             if missing := [column for column in columns if column not in header]:
                 raise UserError(f"{path}: no column {missing[0]!r}: give {', '.join(columns)}")
-            held = list(reader)
+            held = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a .csv in UTF-8") from error
     if not held:
         raise UserError(f"{path}: no rows below the header")
-    for i, row in enumerate(held):
+    for line, row in held:
         if empty := [column for column in columns if not (row[column] or "").strip()]:
-            raise UserError(f"{path}, line {i + 2}: {empty[0]} is empty")
+            raise UserError(f"{path}, line {line}: {empty[0]} is empty")
+        if None in row:
+            raise UserError(f"{path}, line {line}: more values than columns: put quotes around one with a comma")
     return held
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """What is not empty, with its number."""
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+        return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text in UTF-8") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -212,6 +213,17 @@ class VideoTextClassifier(PreTrainedModel):
             nn.init.zeros_(module.up.bias)
 
     @classmethod
+    def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Weights, and tokenizer and image processor if they are beside them; texts and temperature are frozen."""
+        found = super().from_pretrained(source, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        model.freeze()
+        if (Path(source) / "tokenizer_config.json").is_file() or not Path(source).is_dir():
+            model.tokenizer = AutoTokenizer.from_pretrained(source)
+            model.processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        return found
+
+    @classmethod
     def of(
         cls, backbone: PreTrainedModel, *, expand: bool = True, border: str = "mask", adapter: int = 0,
         difference: bool = False, tokenizer: Any = None, processor: Any = None,
@@ -262,8 +274,15 @@ class VideoTextClassifier(PreTrainedModel):
         return self.logits(self.video_features(pixel_values), texts)
 
     def video_features(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Features of clips [B, T, 3, H, W]: ``frames`` [B, T, d] of norm 1, of an X-CLIP [B, 1, d] and ``patches``."""
+        """Features of clips [B, T, 3, H, W]: ``frames`` [B, T, d] of norm 1, of an X-CLIP [B, 1, d] and ``patches``.
+
+        Raises:
+            UserError: another shape, or another T than an X-CLIP has places for.
+        """
+        if pixel_values.ndim != 5 or pixel_values.shape[2] != 3:
+            raise UserError(f"clips have shape {tuple(pixel_values.shape)}: give [B, T, 3, H, W]")
         b, t = pixel_values.shape[:2]
+        self.check_frames(t)
         flat = pixel_values.flatten(0, 1)
         if self.backbone.config.model_type == "xclip":
             return self._xclip_features(flat, b, t)
@@ -273,6 +292,25 @@ class VideoTextClassifier(PreTrainedModel):
         pooled = self.backbone.vision_model(pixel_values=flat).pooler_output
         frames = F.normalize(self.backbone.visual_projection(pooled).float(), dim=-1)
         return {"frames": frames.view(b, t, -1)}
+
+    def check_frames(self, frames: int) -> None:
+        """Raise UserError where the model has places for another number of frames."""
+        if self.backbone.config.model_type == "xclip":
+            held = self.backbone.config.vision_config.num_frames
+            if frames != held:
+                raise UserError(f"this X-CLIP reads {held} frames, not {frames}: give --frames {held}")
+
+    @contextlib.contextmanager
+    def frame_by_frame(self) -> Iterator[None]:
+        """Frames attend to themselves alone, as in the image model."""
+        held = [(one, one.expand) for one in self.backbone.modules() if isinstance(one, TemporalAttention)]
+        for one, _ in held:
+            one.expand = False
+        try:
+            yield
+        finally:
+            for one, expand in held:
+                one.expand = expand
 
     def _xclip_features(self, flat: Tensor, b: int, t: int) -> dict[str, Tensor]:
         held = self.backbone
@@ -284,16 +322,18 @@ class VideoTextClassifier(PreTrainedModel):
         return {"frames": F.normalize(video.float(), dim=-1)[:, None], "patches": patches}
 
     def logits(self, features: dict[str, Tensor], texts: Tensor) -> Tensor:
-        """Logits [B, C]: per frame, then the mean. An X-CLIP first fits its texts to each video."""
+        """Logits [B, C] in 32 bits: per frame, then the mean. An X-CLIP first fits its texts to each video."""
         frames = features["frames"]
-        if "patches" in features:
-            # one text at a time reads the video: others do not change it
+        fitted = texts
+        if "patches" in features:  # each text reads the video by itself: others do not change it
             fitted = texts[None].expand(len(frames), -1, -1)
             fitted = fitted + self.backbone.prompts_generator(fitted, features["patches"])
-            cosines = torch.einsum("btd,bcd->btc", frames, F.normalize(fitted.float(), dim=-1))
-        else:
-            cosines = frames @ F.normalize(texts.float(), dim=-1).T
-        return self.scale.float() * cosines.mean(1)
+        with torch.autocast(frames.device.type, enabled=False):
+            fitted = F.normalize(fitted.float(), dim=-1)
+            product = "btd,bcd->btc" if fitted.ndim == 3 else "btd,cd->btc"
+            cosines = torch.einsum(product, frames.float(), fitted)
+            found: Tensor = self.scale.float() * cosines.mean(1)
+        return found
 
     @torch.no_grad()
     def encode_texts(self, names: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
@@ -307,7 +347,7 @@ class VideoTextClassifier(PreTrainedModel):
         for template in templates:
             prompts = [template.format(name) for name in names]
             found = self._encode(prompts)
-            if len(templates) > 1:
+            if len(templates) > 1 and self.backbone.config.model_type == "clip":
                 found = F.normalize(found, dim=-1)
             total = found if total is None else total + found
         assert total is not None
@@ -343,8 +383,12 @@ class VideoTextClassifier(PreTrainedModel):
         return found
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Weights and config, and tokenizer and image processor beside them; low-rank updates are merged."""
-        self._merge()
+        """Weights and config, and tokenizer and image processor beside them; low-rank updates are merged in them."""
+        if any("lora_" in name for name, _ in self.named_parameters()):
+            merged = copy.deepcopy(self)
+            merged._merge()
+            merged.save_pretrained(save_directory, **kwargs)
+            return
         with quiet():
             super().save_pretrained(save_directory, **kwargs)
         for part in (self.tokenizer, self.processor):
@@ -474,15 +518,27 @@ def load_model(config: Config, world: FeatureWorld | None = None) -> Learner:
     backbone, tokenizer, processor = tiny_clip(config) if config.model == "tiny" else load_backbone(config.model)
     if isinstance(backbone, VideoTextClassifier) and not backbone.config.temporal:
         backbone = backbone.backbone  # frame by frame: it gets the temporal part that the config has
+    frozen = config.method == "frozen"
+    wanted = {"expand": config.expand, "adapter": config.adapter, "difference": config.difference}
     if isinstance(backbone, VideoTextClassifier):
         model = backbone
+        held = {name: getattr(model.config, name) for name in wanted}
+        if held != wanted and not frozen:
+            said = ", ".join(f"{name} {value}" for name, value in held.items())
+            raise UserError(f"--model {config.model} has a temporal part of its own ({said}): give the same options")
     else:
+        if frozen:  # CLIP as it is: frame by frame
+            wanted = {"expand": False, "adapter": 0, "difference": False}
+        elif backbone.config.model_type == "xclip" and any(wanted.values()):
+            raise UserError(f"--model {config.model} is an X-CLIP, with a temporal part of its own: give --no-expand, "
+                            "without --adapter and --difference")  # fmt: skip
         model = VideoTextClassifier.of(
-            backbone, expand=config.expand, border=config.border, adapter=config.adapter,
-            difference=config.difference, tokenizer=tokenizer,
-            processor=processor,
-        )  # fmt: skip
-    model.freeze(config.trained, config.lora_rank)
+            backbone, border=config.border, tokenizer=tokenizer, processor=processor, **wanted
+        )
+    if not frozen:
+        model.freeze(config.trained, config.lora_rank)
+    if config.dataset != "sprites":
+        model.check_frames(config.frames)
     return model
 
 
@@ -531,14 +587,21 @@ def load_backbone(source: str | Path) -> tuple[PreTrainedModel, Any, Any]:
         ) from error
     if model.config.model_type not in (*BACKBONES, VideoTextConfig.model_type):
         raise UserError(f"{source} is a {model.config.model_type}: give a CLIP or an X-CLIP")
+    known, needed = len(tokenizer), _text_config(model).vocab_size
+    if known < needed // 2:
+        raise UserError(f"{source}: its tokenizer has {known} tokens, its text tower {needed}: add its tokenizer.json")
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{source}: weights of {missing[0]} are missing ({len(missing)} in all): give a whole model")
     for parameter in model.parameters():  # small updates vanish below 32 bits
         parameter.data = parameter.data.float()
     if isinstance(model, VideoTextClassifier):
         model.tokenizer, model.processor = tokenizer, processor
-        model.freeze()
     return model.eval(), tokenizer, processor
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    held = model.backbone if isinstance(model, VideoTextClassifier) else model
+    return held.config.text_config
 
 
 def tiny_clip(config: Config) -> tuple[CLIPModel, PreTrainedTokenizerFast, Any]:

@@ -15,7 +15,7 @@ from metazoo import runfolder
 from metazoo.errors import UserError
 
 from open_mede import lists, videos
-from open_mede.config import PredictOptions
+from open_mede.config import Config, PredictOptions
 from open_mede.evaluate import OpenVocabularyEvaluator, _said
 from open_mede.model import VideoTextClassifier, load_classifier
 
@@ -33,36 +33,39 @@ def predict(options: PredictOptions) -> dict[str, Any]:
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} is there: give --overwrite, or another --output-dir")
     classes = _classes(options.classes)
-    model = _model(options.model)
+    model, config = _model(options.model)
+    frames, stride = options.frames or config.frames, options.stride or config.stride
+    views = options.views or config.views
+    model.check_frames(frames)
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    evaluator = OpenVocabularyEvaluator(model, options.templates)
+    evaluator = OpenVocabularyEvaluator(model, options.templates or config.templates)
     texts = evaluator.texts(classes)
-    places = [(i + 0.5) / options.views for i in range(options.views)]
+    places = [(i + 0.5) / views for i in range(views)]
     rows, strips, skipped = [], [], 0
     for path in options.videos:
         try:
-            clips = videos.read_clips(path, options.frames, options.stride, places)
+            clips = videos.read_clips(path, frames, stride, places)
         except videos.Unreadable as error:
             if options.unreadable == "stop":
                 raise UserError(f"{error} (--unreadable skip goes on without it)") from error
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
             continue
-        views = np.stack([videos.fitted(clip, model.size, model.size, 0.5, 0.5, False) for clip in clips])
+        held = np.stack([videos.fitted(clip, model.size, model.size, 0.5, 0.5, False) for clip in clips])
         with torch.no_grad():
-            said = model(model.pixels(views), texts).softmax(-1).mean(0).cpu().numpy()
+            said = model(model.pixels(held), texts).softmax(-1).mean(0).cpu().numpy()
         best = _said(said, classes, options.top_k)
         rows += [(str(path), rank, name, f"{probability:.4f}") for rank, (name, probability) in enumerate(best, 1)]
         if len(strips) < 24:
-            strips.append((views[0], path.name, best))
+            strips.append((held[0], path.name, best))
     if not rows:
         raise UserError(f"none of the {len(options.videos)} videos can be read")
-    held = io.StringIO()
-    writer = csv.writer(held, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["video", "rank", "class", "probability"])
     writer.writerows(rows)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    runfolder.write_text(target, held.getvalue())
+    runfolder.write_text(target, text.getvalue())
     from open_mede import plots
 
     plots.strips(strips, options.output_dir / "strips.png")
@@ -76,14 +79,17 @@ def _classes(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _model(source: str) -> VideoTextClassifier:
-    """Of a run folder, a folder or a hub id."""
+def _model(source: str) -> tuple[VideoTextClassifier, Config]:
+    """Of a run folder, with its config; of a folder or a hub id."""
     folder = Path(source)
     if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").is_dir():
         folder = folder / "model"
         if not (folder / "config.json").is_file():
             raise UserError(f"{source} has no model yet: finish it with --resume first")
-        return load_classifier(folder)
+        config = runfolder.open_run(folder.parent, Config)
+        if config.dataset == "features":
+            raise UserError(f"{source} has learned of feature vectors, not of videos: give another run")
+        return load_classifier(folder), config
     if source.startswith("runs/") and not folder.exists():
         raise UserError(f"--model {source}: no such run: train one, or give the hub id of a CLIP")
-    return load_classifier(source)
+    return load_classifier(source), Config(dataset="", model=source)

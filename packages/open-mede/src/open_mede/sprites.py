@@ -108,7 +108,7 @@ BACKGROUNDS = 200
 
 
 def known_classes(seed: int) -> np.ndarray:
-    """Numbers of the 30 known classes: one or two manners of each motion, each manner ten times."""
+    """Numbers of the 30 known classes: one or two manners of each motion, each manner about ten times."""
     rng = np.random.default_rng([seed, 0])
     # ten motions have two known manners, ten have one; manners in turn, so that each is known ten times
     counts = rng.permutation(np.repeat([1, 2], len(MOTIONS) // 2))
@@ -179,7 +179,10 @@ def path_of(label: int) -> Path:
 
 
 def masks_of(labels: np.ndarray, glyphs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Where the glyph is, [N, 8, 32, 32] bool, its start at random so that all of its way is inside."""
+    """Where the glyph is, [N, 8, 32, 32] bool, its start at random so that all of its way is inside.
+
+    Of a turning one, corners may be outside for a while.
+    """
     bits = _glyphs()
     found = np.empty((len(labels), FRAMES, SIZE, SIZE), dtype=bool)
     rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float32)
@@ -261,10 +264,20 @@ class SpriteWorld:
             for texture, (y, x) in zip(textures, places, strict=True)
         ])  # fmt: skip
 
-    def clips(self, labels: np.ndarray, rng: np.random.Generator, *, ratio: float) -> np.ndarray:
-        """Training clips [N, 8, 3, 32, 32] of bytes: a class's own texture with a probability, else another known."""
+    def clips(
+        self, labels: np.ndarray, rng: np.random.Generator, *, ratio: float, classes: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Training clips [N, 8, 3, 32, 32] of bytes: a class's own texture with a probability, else any of them.
+
+        Args:
+            labels: [N] classes.
+            rng: of all that is drawn.
+            ratio: probability of the own texture.
+            classes: whose textures the others are [default: the known ones'].
+        """
         masks, colours = self.foregrounds(labels, rng)
-        others = self.known[rng.integers(len(self.known), size=len(labels))]
+        among = self.known if classes is None else classes
+        others = among[rng.integers(len(among), size=len(labels))]
         shown = np.where(rng.random(len(labels)) < ratio, labels, others)
         return paste(masks, colours, self.crops(self.owner[shown], rng))
 

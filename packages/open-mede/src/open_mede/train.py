@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from open_mede.baselines import ResidualProjector
 from open_mede.config import PRESETS, Config
 from open_mede.crossbatch import Step, cross_batch_step, virtual_step
 from open_mede.data import Data, VideoClips
-from open_mede.ensemble import averages_of
+from open_mede.ensemble import averages_of, warn_outside
 from open_mede.model import FeatureClassifier, Learner, VideoTextClassifier, is_new, load_model
 
 Weights = dict[str, Tensor]
@@ -56,11 +57,11 @@ class Run:
 
 
 def mixed(weights: Weights, start: Weights | None, share: float) -> Weights:
-    """share · θ₀ + (1 − share) · θ, Open-VCLIP's last step; θ where the share is 0."""
+    """share · θ₀ + (1 − share) · θ, Open-VCLIP's last step; θ where the share is 0, and of what CLIP does not have."""
     if not share:
         return weights
     assert start is not None
-    return {name: value.lerp(start[name], share) for name, value in weights.items()}
+    return {name: value if is_new(name) else value.lerp(start[name], share) for name, value in weights.items()}
 
 
 def _put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -116,12 +117,16 @@ class CrossBatchMetaTrainer:
         for clips in (source.train, *source.tests.values()):
             if isinstance(clips, VideoClips) and isinstance(self.model, VideoTextClassifier):
                 clips.size = self.model.size
+        if self.learns and isinstance(source.train, VideoClips):
+            source.train.training([0], [config.seed, 11, 0])  # what cannot be read at all is said before a run begins
         if self.learns:
             assert source.train is not None
             self.per_epoch = steps_per_epoch(config, len(source.train))
         self.parameters = [*self.trained.values(), *(self.projector.parameters() if self.projector is not None else ())]
         self.optimizer = self._optimizer()
-        self.averages = averages_of(config) if self.learns else {}
+        self.averages = averages_of(config) if self.learns and config.trained != "lora" else {}
+        if self.learns and accelerator.is_main_process:
+            warn_outside(config.epochs, config.mu)
         needs_start = config.method in ("interp", "distill", "l2-sp") or config.mix > 0 or config.image_steps > 0
         self.start = checkpoint.TensorState(
             **({name: value.detach().clone() for name, value in self.trained.items()} if needs_start else {})
@@ -184,8 +189,8 @@ class CrossBatchMetaTrainer:
 
         Returns:
             loss, of the support batch; query_loss at θ′ and cosine of both gradients (meta, two-batch); gain and
-            cosine_at of :func:`open_mede.crossbatch.virtual_step` (at --watch-every); lr, grad_norm, epoch; skipped
-            videos; phase 0 on single frames, 1 after.
+            cosine_at of :func:`open_mede.crossbatch.virtual_step` (at --watch-every); lr, grad_norm, epoch; skipped,
+            videos that this process could not read since it began; phase 0 on single frames, 1 after.
         """
         if step < self.config.image_steps:
             return self._image_step(step)
@@ -233,7 +238,7 @@ class CrossBatchMetaTrainer:
         """Put the method's gradient into ``.grad``."""
         config = self.config
         reduce = self._sum if self.accelerator.num_processes > 1 else None
-        self._loaded = {key: one for key, one in self._loaded.items() if key[0] == epoch and key[1] >= number}
+        self._loaded = {key: one for key, one in self._loaded.items() if key[0] > epoch or key[1] >= number}
         support = self._batch(epoch, number, 0)
         if config.method in ("meta", "two-batch"):
             query = self._query(epoch, number)
@@ -248,9 +253,11 @@ class CrossBatchMetaTrainer:
             )  # fmt: skip
             return {"loss": found.support_loss, "query_loss": found.query_loss, "cosine": found.cosine, **row}
         self._ahead(epoch, number)
-        start = list(self.start.tensors.values())
+        # what CLIP does not have is not pulled anywhere
+        of_clip = {name: value for name, value in self.trained.items() if not is_new(name)}
         if config.method == "interp":
             share = float(np.random.default_rng([config.seed, 10, done]).uniform(0, config.interp_max))
+            start = [self.start.tensors[name] if name in of_clip else value for name, value in self.trained.items()]
             loss, gradient = baselines.interpolated_gradient(
                 self._loss, support, list(self.trained.values()), start, share, config.interp_weight, reduce
             )
@@ -260,7 +267,7 @@ class CrossBatchMetaTrainer:
         for parameter, one in zip(self.parameters, gradient, strict=True):
             parameter.grad = one
         if config.method == "l2-sp":
-            baselines.add_anchor(list(self.trained.values()), start, config.anchor)
+            baselines.add_anchor(list(of_clip.values()), [self.start.tensors[name] for name in of_clip], config.anchor)
         return {"loss": loss}
 
     def _sum(self, tensors: Sequence[Tensor]) -> None:
@@ -282,14 +289,26 @@ class CrossBatchMetaTrainer:
         inputs, labels, size = batch
         assert self.projector is not None
         assert self.texts is not None
-        with torch.no_grad(), self.accelerator.autocast():
-            frozen = inner.call(_Features(self.model), {f"model.{k}": v for k, v in self.start.tensors.items()}, inputs)
+        frozen = self._of_clip(inputs)
         with self.accelerator.autocast():
             features = self.model.video_features(inputs)
             logits = self.model.logits(features, self.texts)
         far = baselines.distillation_loss(features["frames"], frozen, self.projector)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         return (loss + self.config.distill_weight * far.sum()) / size
+
+    @torch.no_grad()
+    def _of_clip(self, inputs: Tensor) -> Tensor:
+        """CLIP's own features [B, T, d]: at θ₀, frame by frame, where nothing is dropped."""
+        model = self.model
+        apart = model.frame_by_frame() if isinstance(model, VideoTextClassifier) else contextlib.nullcontext()
+        model.eval()
+        with apart, self.accelerator.autocast():
+            found: Tensor = inner.call(
+                _Features(model), {f"model.{name}": value for name, value in self.start.tensors.items()}, inputs
+            )
+        model.train()
+        return found
 
     # ---- batches
 
@@ -299,7 +318,10 @@ class CrossBatchMetaTrainer:
         if query == "next":
             following = (number + 1) % self.per_epoch
             found = self._batch(epoch, following, 0)
-            self._ahead(epoch, following)
+            if following:
+                self._ahead(epoch, following)
+            elif epoch + 1 < self.config.epochs:
+                self._ahead(epoch + 1, -1)
             return found
         self._ahead(epoch, number)
         if query == "shuffle":

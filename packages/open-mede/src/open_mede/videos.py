@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,34 @@ def read_clips(path: Path, frames: int, stride: int, places: Sequence[float]) ->
         raise Unreadable(f"{path}: no such video")
     if path.is_dir():
         return _of_folder(path, frames, stride, places)
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _of_array(path, frames, stride, places)
+    check_reader(path)
     if importlib.util.find_spec("av") is not None:
         return _by_pyav(path, frames, stride, places)
-    if importlib.util.find_spec("torchcodec") is not None:
-        return _by_torchcodec(path, frames, stride, places)
-    raise UserError(
-        f"{path}: nothing to read videos with: pip install 'metazoo-open-mede[video]' (PyAV) or "
-        "'metazoo-open-mede[torchcodec]', or give folders of frames or .npy"
-    )
+    return _by_torchcodec(path, frames, stride, places)
+
+
+def check_reader(path: Path) -> None:
+    """Raise UserError where a video file has nothing to read it with."""
+    if path.is_dir() or path.suffix.lower() == ".npy":
+        return
+    if importlib.util.find_spec("av") is None and importlib.util.find_spec("torchcodec") is None:
+        raise UserError(
+            f"{path}: nothing to read videos with: pip install 'metazoo-open-mede[video]' (PyAV) or "
+            "'metazoo-open-mede[torchcodec]', or give folders of frames or .npy"
+        )
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """Images of a folder in the order of their numbers: frame2 is before frame10."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGES]
+    return sorted(files, key=lambda file: natural(file.name))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Key of an order by numbers: frame2 before frame10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def count_frames(path: Path) -> int:
@@ -74,15 +93,17 @@ def count_frames(path: Path) -> int:
     if not path.exists():
         raise Unreadable(f"{path}: no such video")
     if path.is_dir():
-        return sum(file.suffix.lower() in IMAGES for file in path.iterdir())
-    if path.suffix == ".npy":
+        return len(frame_files(path))
+    if path.suffix.lower() == ".npy":
         return len(_array(path))
+    check_reader(path)
     if importlib.util.find_spec("av") is None:
-        if importlib.util.find_spec("torchcodec") is None:
-            read_clips(path, 1, 1, [0.0])  # says what is missing
         from torchcodec.decoders import VideoDecoder
 
-        return len(VideoDecoder(str(path)))
+        try:
+            return len(VideoDecoder(str(path)))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise Unreadable(f"{path}: cannot be read as a video ({' '.join(str(error).split())[:100]})") from error
     import av
 
     try:
@@ -97,7 +118,7 @@ def _chosen(count: int, frames: int, stride: int, places: Sequence[float], path:
 
 
 def _of_folder(path: Path, frames: int, stride: int, places: Sequence[float]) -> np.ndarray:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+    files = frame_files(path)
     chosen = _chosen(len(files), frames, stride, places, path)
     held: dict[int, np.ndarray] = {}
     for number in np.unique(chosen).tolist():
@@ -113,7 +134,7 @@ def _of_folder(path: Path, frames: int, stride: int, places: Sequence[float]) ->
 
 def _array(path: Path) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise Unreadable(f"{path}: not an .npy of numbers") from error
     if array.ndim != 4 or array.dtype != np.uint8 or array.shape[-1] != 3:
@@ -135,7 +156,9 @@ def _by_pyav(path: Path, frames: int, stride: int, places: Sequence[float]) -> n
                 raise Unreadable(f"{path}: no video in it")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            count = stream.frames or sum(1 for _ in container.decode(stream))
+            count = stream.frames
+            if count < frames:  # the header does not say, or says too little
+                count = _counted(container, stream)
             decoded = _decoded(container, stream, count, frames, stride, places, path)
             if decoded is None:  # the header says more frames than there are
                 count = _counted(container, stream)
