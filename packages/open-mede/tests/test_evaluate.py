@@ -330,7 +330,7 @@ def test_nothing_trained(tmp_path: Path) -> None:
     """A frozen learner has scores, and no averages to choose from."""
     run = train(replace(FEATURES, method="frozen"), RunOptions(output_dir=tmp_path / "run"))
     assert evaluate(run, EvaluateOptions(plots=False))["base_in"] > 50
-    with pytest.raises(UserError, match="--average gwa: nothing was trained: leave it out"):
+    with pytest.raises(UserError, match="--average gwa: the run has none: leave it out"):
         evaluate(run, EvaluateOptions(average="gwa"))
 
 

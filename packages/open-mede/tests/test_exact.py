@@ -546,8 +546,8 @@ def test_average_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ensemble.average(replace(options, overwrite=True))
     assert torch.equal(load_file(options.output)["b"], found["b"])
     assert not capsys.readouterr().err
-    ensemble.bell(4, 9.0, None)
-    assert "outside of epochs 1 to 4" in capsys.readouterr().err
+    ensemble.average(replace(options, checkpoints=(paths[1], paths[2]), mu=9.0, overwrite=True))
+    assert "outside of epochs 1 to 2" in capsys.readouterr().err
 
 
 def test_harmonic_means() -> None:

@@ -309,7 +309,8 @@ def test_no_videos_in_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "says"),
     [
-        ("kinetics", r"no train\.csv, val\.csv or test\.csv of Kinetics"), ("ucf101", r"trainlist01\.txt: no such list"),
+        ("kinetics", r"no train\.csv, val\.csv or test\.csv of Kinetics"),
+        ("ucf101", r"trainlist01\.txt: no such list"),
         ("hmdb51", r"no \*_test_split1\.txt of HMDB-51"), ("ssv2", r"something-something-v2-train\.json: no such list"),
     ],
 )  # fmt: skip
