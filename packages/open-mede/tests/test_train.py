@@ -301,6 +301,8 @@ def test_low_rank_run(tmp_path: Path) -> None:
     again = train.load(tmp_path / "run", source)
     options = EvaluateOptions(plots=False)
     assert evaluate.evaluate(run, options) == evaluate.evaluate(again, options)
+    with pytest.raises(UserError, match="--average gwa: the run has last"):
+        evaluate.evaluate(again, replace(options, average="gwa"))
     saved = load_classifier(tmp_path / "run" / "model")
     clips = torch.randn(2, 8, 3, 32, 32)
     assert isinstance(again.model, VideoTextClassifier)

@@ -112,7 +112,7 @@ class Config:
     difference: bool = False
     """Also embed what a frame changes, patch by patch (CLIP)."""
     trained: Literal["vision", "adapter", "lora"] = "vision"
-    """All of the vision side; the adapters alone; or low-rank updates of its queries and values. Texts are frozen."""
+    """All of the vision side; adapters and differences alone; or low-rank updates of queries and values. Not texts."""
     lora_rank: int = 8
     """Rank of low-rank updates."""
     templates: tuple[str, ...] = ("{}",)
@@ -234,8 +234,8 @@ class Config:
             raise UserError(f"--width {self.width}, --patch {self.patch}: give a multiple of --heads, a divisor of 32")
         if self.image_steps and (self.model != "tiny" or self.dataset != "sprites"):
             raise UserError("--image-steps are for --dataset sprites --model tiny: give 0")
-        if self.trained == "adapter" and not self.adapter and clip:
-            raise UserError("--trained adapter: there is none: give --adapter 8 or more")
+        if self.trained == "adapter" and not (self.adapter or self.difference) and clip:
+            raise UserError("--trained adapter: there is none: give --adapter 8 or more, or --difference")
         if self.trained == "lora" and (self.average != "last" or self.mix or self.method in ("interp", "l2-sp")):
             raise UserError("--trained lora: factors of low rank cannot be averaged for their products: give "
                             "--average last, without --mix, and another method than interp and l2-sp")  # fmt: skip

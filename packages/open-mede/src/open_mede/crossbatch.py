@@ -52,7 +52,8 @@ def cross_batch_step(
         support, query: S and Q; a list is of micro-batches, whose losses add up.
         alpha: rate of the inner step; 0: both gradients are taken at θ.
         delta: weight of the query's gradient; 0: the query is not looked at.
-        first_order: leave the Hessian out (FOMAML), or differentiate through the inner step.
+        first_order: leave the Hessian out (FOMAML), or differentiate through the inner step; then without checkpointing
+            of activations, which would be computed again at other weights.
         reduce: adds gradients of all processes in place, so that θ′ is the same in each (first order only).
 
     Raises:

@@ -28,7 +28,7 @@ from open_mede.config import AverageOptions, Config
 
 def log_weights(epochs: int, mu: float, sigma: float) -> np.ndarray:
     """ln w_t of epochs 1 … E, [E], without the constant factor."""
-    found: np.ndarray = -((np.arange(1, epochs + 1) - mu) ** 2) / (2 * sigma**2)
+    found: np.ndarray = -(((np.arange(1, epochs + 1) - mu) / sigma) ** 2) / 2
     return found
 
 

@@ -41,7 +41,7 @@ BACKBONES = ("clip", "xclip")
 
 
 class TemporalAdapter(nn.Module):
-    """Down, a convolution over three frames for each channel, up (ST-Adapter, Pan et al. 2022). It starts at nothing.
+    """Down, a convolution over three frames for each channel, up (ST-Adapter, Pan et al. 2022). It may start at 0.
 
     Args:
         width: of tokens.
@@ -105,7 +105,7 @@ class TemporalAttention(CLIPAttention):
 
 
 class TemporalEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's patches and, beside them, those of the difference to the frame before (ours). They start at nothing.
+    """CLIP's patches and, beside them, those of the difference to the frame before (ours). They can start at nothing.
 
     Attributes:
         frames: T of the videos that come next; pixels come as [B·T, 3, H, W].
@@ -204,13 +204,21 @@ class VideoTextClassifier(PreTrainedModel):
             self.backbone.vision_model.embeddings = TemporalEmbeddings(self.backbone.config.vision_config)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Of what a backbone's checkpoint lacks: it adds nothing at first."""
-        if isinstance(module, TemporalEmbeddings):
-            nn.init.zeros_(module.difference.weight)
-        if isinstance(module, TemporalAdapter):
-            nn.init.zeros_(module.up.weight)
-            nn.init.zeros_(module.up.bias)
+    @torch.no_grad()
+    def start_new_parts(self, blank: bool = True) -> None:
+        """Initialise what CLIP does not have, by torch's generator.
+
+        Args:
+            blank: they add nothing at first; else they begin with small weights, as CLIP's own layers do.
+        """
+        for module in self.backbone.modules():
+            if isinstance(module, TemporalAdapter):
+                for layer in (module.down, module.mix):
+                    layer.reset_parameters()
+                nn.init.normal_(module.up.weight, std=0.0 if blank else 0.02)
+                nn.init.zeros_(module.up.bias)
+            if isinstance(module, TemporalEmbeddings):
+                nn.init.normal_(module.difference.weight, std=0.0 if blank else 0.02)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -226,9 +234,13 @@ class VideoTextClassifier(PreTrainedModel):
     @classmethod
     def of(
         cls, backbone: PreTrainedModel, *, expand: bool = True, border: str = "mask", adapter: int = 0,
-        difference: bool = False, tokenizer: Any = None, processor: Any = None,
+        difference: bool = False, blank: bool = True, tokenizer: Any = None, processor: Any = None,
     ) -> VideoTextClassifier:  # fmt: skip
-        """Around a CLIP or X-CLIP: its weights are copied, texts and temperature frozen."""
+        """Around a CLIP or X-CLIP: its weights are copied, texts and temperature frozen.
+
+        With ``blank``, what is new adds nothing at first; else it keeps the small weights of transformers'
+        initialisation.
+        """
         clip = backbone.config.model_type == "clip"
         config = VideoTextConfig(
             backbone.config.to_dict(),
@@ -242,6 +254,8 @@ class VideoTextClassifier(PreTrainedModel):
         if missing.unexpected_keys or any(not is_new(name) for name in missing.missing_keys):
             name = (missing.unexpected_keys or missing.missing_keys)[0]
             raise UserError(f"the backbone's weights do not fit: {name}")
+        if blank:
+            model.start_new_parts()
         model.tokenizer, model.processor = tokenizer, processor
         model.freeze()
         return model.eval()
@@ -533,8 +547,9 @@ def load_model(config: Config, world: FeatureWorld | None = None) -> Learner:
             raise UserError(f"--model {config.model} is an X-CLIP, with a temporal part of its own: give --no-expand, "
                             "without --adapter and --difference")  # fmt: skip
         model = VideoTextClassifier.of(
-            backbone, border=config.border, tokenizer=tokenizer, processor=processor, **wanted
-        )
+            backbone, border=config.border, tokenizer=tokenizer, processor=processor,
+            blank=config.dataset != "sprites" or config.image_steps > 0, **wanted,
+        )  # fmt: skip
     if not frozen:
         model.freeze(config.trained, config.lora_rank)
     if config.dataset != "sprites":

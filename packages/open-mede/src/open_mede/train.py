@@ -196,6 +196,8 @@ class CrossBatchMetaTrainer:
             return self._image_step(step)
         done = step - self.config.image_steps
         if done == 0 and self.config.image_steps:  # the learner starts where single frames ended
+            assert isinstance(self.model, VideoTextClassifier)
+            self.model.start_new_parts(blank=False)
             with torch.no_grad():
                 for name, value in self.trained.items():
                     self.start.tensors[name].copy_(value)
@@ -299,14 +301,16 @@ class CrossBatchMetaTrainer:
 
     @torch.no_grad()
     def _of_clip(self, inputs: Tensor) -> Tensor:
-        """CLIP's own features [B, T, d]: at θ₀, frame by frame, where nothing is dropped."""
+        """CLIP's own features [B, T, d]: at θ₀ without new parts, frame by frame, where nothing is dropped."""
         model = self.model
         apart = model.frame_by_frame() if isinstance(model, VideoTextClassifier) else contextlib.nullcontext()
         model.eval()
         with apart, self.accelerator.autocast():
-            found: Tensor = inner.call(
-                _Features(model), {f"model.{name}": value for name, value in self.start.tensors.items()}, inputs
-            )
+            own = {
+                f"model.{name}": torch.zeros_like(value) if is_new(name) else value
+                for name, value in self.start.tensors.items()
+            }
+            found: Tensor = inner.call(_Features(model), own, inputs)
         model.train()
         return found
 
