@@ -61,6 +61,7 @@ def training(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
         panels[-1].axhline(0, color="0.6", linewidth=0.8)
         panels[-1].set(xlabel="step", ylabel="query loss after the inner step − before")
+        panels[-1].set_yscale("symlog", linthresh=1e-3)
     _save(figure, path)
 
 
