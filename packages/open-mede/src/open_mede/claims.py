@@ -18,7 +18,7 @@ from open_mede.config import PRESETS, Config
 CACHE_VARIABLE = "METAZOO_CACHE"  # folder of the first phase's CLIPs [default: ~/.cache/metazoo]
 _SOURCES = ("config", "data", "model", "sprites", "stripes", "train")
 GROUPS = ("base_in", "base_out", "novel_in", "novel_out")
-LEVEL = 0.5
+LEVEL = 0.02
 """Training loss at which what an inner step does is compared."""
 
 
