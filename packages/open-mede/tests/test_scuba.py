@@ -277,11 +277,13 @@ def test_no_box(tmp_path: Path) -> None:
         made(table, boxes=tmp_path / "boxes.csv")
 
 
-@pytest.mark.parametrize("row", ["0.npy,one,0,0,9,9", "0.npy,1.5,0,0,9,9", "0.npy,1,0,nan,9,9", "0.npy,1,0,inf,9,9"])
+@pytest.mark.parametrize(
+    "row", ["0.npy,one,0,0,9,9", "0.npy,1.5,0,0,9,9", "0.npy,1,0,nan,9,9", "0.npy,1,0,inf,9,9", "0.npy,1,9,0,3,9"]
+)
 def test_wrong_boxes(tmp_path: Path, row: str) -> None:
     table = own(tmp_path)
     (tmp_path / "boxes.csv").write_text(f"video,frame,x1,y1,x2,y2\n0.npy,0,3,5,10,12\n{row}\n")
-    with pytest.raises(UserError, match=r"boxes\.csv, line 3: frame, x1, y1, x2, y2 are no numbers"):
+    with pytest.raises(UserError, match=r"boxes\.csv, line 3: frame, x1, y1, x2, y2 are no frame and box"):
         made(table, boxes=tmp_path / "boxes.csv")
     (tmp_path / "boxes.csv").write_text("video,frame,x1,y1,x2\n0.npy,0,3,5,10\n")
     with pytest.raises(UserError, match=r"boxes\.csv: no column 'y2'"):

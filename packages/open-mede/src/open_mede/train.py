@@ -197,7 +197,9 @@ class CrossBatchMetaTrainer:
         done = step - self.config.image_steps
         if done == 0 and self.config.image_steps:  # the learner starts where single frames ended
             assert isinstance(self.model, VideoTextClassifier)
-            self.model.start_new_parts(blank=False)
+            with torch.random.fork_rng(devices=[]):  # alike, whatever the method has drawn before
+                torch.manual_seed(self.config.seed)
+                self.model.start_new_parts(blank=False)
             with torch.no_grad():
                 for name, value in self.trained.items():
                     self.start.tensors[name].copy_(value)
