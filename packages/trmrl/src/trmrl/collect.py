@@ -1,0 +1,127 @@
+"""Trials: a policy acts in many tasks at once, episode after episode."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from metazoo.errors import UserError
+from torch import Tensor
+from torch.distributions import Normal
+
+from trmrl.env import Array, TaskVectorEnv, seeds_of
+from trmrl.model import Trials
+
+
+class Agent(Protocol):
+    """What acts. Policies do, and what adapts between episodes."""
+
+    def reset(self, count: int = 1, tasks: Tensor | None = None) -> None: ...
+
+    def new_episode(self, so_far: Trials | None = None) -> None: ...
+
+    def step(self, token: Tensor) -> Normal: ...
+
+
+def collect(
+    agent: Agent,
+    env: TaskVectorEnv,
+    tasks: Array,
+    *,
+    episodes: int,
+    horizon: int,
+    seeds: Array,
+    noise: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Trials, dict[str, Array]]:
+    """One trial of each task.
+
+    Args:
+        agent: acts; it sees tokens (B, D) [s_t ; a_{t−1} ; r_{t−1} ; d_{t−1}], on ``device``.
+        env: of B environments.
+        tasks: (B, task size).
+        episodes: E, each begun by a reset.
+        horizon: T. An episode that ends before is stepped on, and marked as not valid from there.
+        seeds: (E, B) of the starts.
+        noise: (E, T, B, A), standard normal; None takes the mean actions.
+        device: of the agent and of the trials.
+
+    Returns:
+        The trials, and what the environment says in `info` of each step (B, E, T), zero where it says nothing.
+
+    Raises:
+        UserError: NaN or infinity in an observation or a reward (with task, episode and step); an episode that its time
+            limit cuts off before the horizon.
+    """
+    count = len(tasks)
+    sizes = env.single_observation_space.shape[0], env.single_action_space.shape[0]  # type: ignore[index]
+    tokens = np.zeros((count, episodes, horizon, sum(sizes) + 2), dtype=np.float32)
+    actions = np.zeros((count, episodes, horizon, sizes[1]), dtype=np.float32)
+    rewards, valid = np.zeros((count, episodes, horizon), dtype=np.float32), np.zeros((count, episodes, horizon), bool)
+    infos: dict[str, Array] = {}
+    env.set_tasks(tasks)
+    known = torch.as_tensor(tasks, dtype=torch.float32, device=device)
+
+    def trials(until: int) -> Trials:
+        parts = [torch.from_numpy(part[:, :until]).to(device) for part in (tokens, actions, rewards, valid)]
+        return Trials(*parts, known)
+
+    agent.reset(count, known)
+    for episode in range(episodes):
+        if episode:
+            agent.new_episode(trials(episode))
+        observation, _ = env.reset(seed=seeds[episode])
+        _check_finite(observation, "observation", tasks, episode, -1)
+        going = np.ones(count, dtype=bool)
+        token = np.zeros((count, tokens.shape[-1]), dtype=np.float32)
+        token[:, : sizes[0]] = observation
+        for t in range(horizon):
+            tokens[:, episode, t], valid[:, episode, t] = token, going
+            with torch.no_grad():
+                found = agent.step(torch.from_numpy(token).to(device))
+                action = found.mean if noise is None else found.mean + found.stddev * noise[episode, t].to(device)
+            acted = action.cpu().numpy()
+            observation, reward, terminated, truncated, info = env.step(acted)
+            _check_finite(observation, "observation", tasks, episode, t)
+            _check_finite(reward, "reward", tasks, episode, t)
+            actions[:, episode, t], rewards[:, episode, t] = acted, np.where(going, reward, 0.0)
+            for name, value in info.items():
+                if isinstance(value, np.ndarray) and value.dtype.kind in "fb" and value.shape == (count,):
+                    infos.setdefault(name, np.zeros((count, episodes, horizon)))[:, episode, t] = value
+            if t < horizon - 1 and (going & truncated & ~terminated).any():
+                task = int(np.argmax(going & truncated & ~terminated))
+                raise UserError(
+                    f"the environment cuts episodes off after {t + 1} steps (task {task}: {_say(tasks[task])}), the "
+                    f"horizon is {horizon}: give --horizon {t + 1}, as a batch has one horizon"
+                )
+            going = going & ~terminated
+            token = np.concatenate(
+                [observation, acted, reward[:, None], terminated[:, None]], 1, dtype=np.float32, casting="unsafe"
+            )
+    return trials(episodes), infos
+
+
+def starts(seed: int, *place: int, episodes: int, count: int) -> Array:
+    """Seeds (E, B) of starts at a place (update, …) of a run."""
+    return np.array(seeds_of(seed, *place, count=episodes * count)).reshape(episodes, count)
+
+
+def standard_normal(seed: int, *place: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise that depends on its place in a run alone."""
+    rng = np.random.default_rng([seed, *place])
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+
+def _check_finite(values: Array, what: str, tasks: Array, episode: int, step: int) -> None:
+    if not np.isfinite(values).all():
+        row = int(np.argmax(~np.isfinite(values).reshape(len(values), -1).all(1)))
+        where = "at the reset" if step < 0 else f"at step {step}"
+        raise UserError(
+            f"the environment gave a {what} that is no finite number in task {row} ({_say(tasks[row])}), episode "
+            f"{episode}, {where}: mend the environment (MuJoCo diverges when actions are extreme)"
+        )
+
+
+def _say(task: Array) -> str:
+    return ", ".join(f"{value:.4g}" for value in np.atleast_1d(task))
