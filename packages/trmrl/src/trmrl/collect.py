@@ -14,6 +14,15 @@ from trmrl.env import Array, TaskVectorEnv, seeds_of
 from trmrl.model import Trials
 
 
+class Drawn(Protocol):
+    """A distribution of actions that says itself how noise becomes an action."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    def draw(self, noise: Tensor) -> Tensor: ...
+
+
 class Agent(Protocol):
     """What acts. Policies do, and what adapts between episodes."""
 
@@ -21,7 +30,14 @@ class Agent(Protocol):
 
     def new_episode(self, so_far: Trials | None = None) -> None: ...
 
-    def step(self, token: Tensor) -> Normal: ...
+    def step(self, token: Tensor) -> Normal | Drawn: ...
+
+
+def draw(distribution: Normal | Drawn, noise: Tensor) -> Tensor:
+    """Actions (B, A) from standard normal noise (B, A)."""
+    if isinstance(distribution, Normal):
+        return distribution.mean + distribution.stddev * noise
+    return distribution.draw(noise)
 
 
 def collect(
@@ -39,7 +55,7 @@ def collect(
 
     Args:
         agent: acts; it sees tokens (B, D) [s_t ; a_{t−1} ; r_{t−1} ; d_{t−1}], on ``device``.
-        env: of B environments.
+        env: of B environments, each of which is stepped on after its episode's end.
         tasks: (B, task size).
         episodes: E, each begun by a reset.
         horizon: T. An episode that ends before is stepped on, and marked as not valid from there.
@@ -48,7 +64,7 @@ def collect(
         device: of the agent and of the trials.
 
     Returns:
-        The trials, and what the environment says in `info` of each step (B, E, T), zero where it says nothing.
+        The trials, and what the environment says in `info` of each step (B, E, T): arrays of numbers, zero where there is none.
 
     Raises:
         UserError: NaN or infinity in an observation or a reward (with task, episode and step); an episode that its time
@@ -72,19 +88,19 @@ def collect(
         if episode:
             agent.new_episode(trials(episode))
         observation, _ = env.reset(seed=seeds[episode])
-        _check_finite(observation, "observation", tasks, episode, -1)
         going = np.ones(count, dtype=bool)
+        _check_finite(observation, "observation", tasks, episode, -1, going)
         token = np.zeros((count, tokens.shape[-1]), dtype=np.float32)
         token[:, : sizes[0]] = observation
         for t in range(horizon):
             tokens[:, episode, t], valid[:, episode, t] = token, going
             with torch.no_grad():
                 found = agent.step(torch.from_numpy(token).to(device))
-                action = found.mean if noise is None else found.mean + found.stddev * noise[episode, t].to(device)
+                action = found.mean if noise is None else draw(found, noise[episode, t].to(device))
             acted = action.cpu().numpy()
             observation, reward, terminated, truncated, info = env.step(acted)
-            _check_finite(observation, "observation", tasks, episode, t)
-            _check_finite(reward, "reward", tasks, episode, t)
+            _check_finite(reward, "reward", tasks, episode, t, going)
+            _check_finite(observation, "observation", tasks, episode, t, going & ~terminated)
             actions[:, episode, t], rewards[:, episode, t] = acted, np.where(going, reward, 0.0)
             for name, value in info.items():
                 if isinstance(value, np.ndarray) and value.dtype.kind in "fb" and value.shape == (count,):
@@ -96,8 +112,9 @@ def collect(
                     f"horizon is {horizon}: give --horizon {t + 1}, as a batch has one horizon"
                 )
             going = going & ~terminated
+            observation = np.where(going[:, None], observation, 0.0)  # what comes after the end may be anything
             token = np.concatenate(
-                [observation, acted, reward[:, None], terminated[:, None]], 1, dtype=np.float32, casting="unsafe"
+                [observation, acted, np.where(going, reward, 0.0)[:, None], ~going[:, None]], 1, dtype=np.float32, casting="unsafe"
             )
     return trials(episodes), infos
 
@@ -113,9 +130,9 @@ def standard_normal(seed: int, *place: int, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 
 
-def _check_finite(values: Array, what: str, tasks: Array, episode: int, step: int) -> None:
-    if not np.isfinite(values).all():
-        row = int(np.argmax(~np.isfinite(values).reshape(len(values), -1).all(1)))
+def _check_finite(values: Array, what: str, tasks: Array, episode: int, step: int, rows: Array) -> None:
+    if not np.isfinite(values).all() and not np.isfinite(values[rows]).all():
+        row = int(np.argmax(rows & ~np.isfinite(values).reshape(len(values), -1).all(1)))
         where = "at the reset" if step < 0 else f"at step {step}"
         raise UserError(
             f"the environment gave a {what} that is no finite number in task {row} ({_say(tasks[row])}), episode "

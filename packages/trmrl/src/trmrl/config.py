@@ -37,9 +37,9 @@ class Config:
 
     algo: Literal["trmrl", "rl2", "ppo", "oracle", "varibad", "maml", "pearl"] = "trmrl"
     """trmrl: a transformer over the last transitions. rl2: a GRU over the whole trial. ppo: the observation alone (no
-    memory). oracle: the observation and the task itself. varibad: a belief over tasks. maml: MAML-TRPO. pearl: PEARL."""
+    memory). oracle: the observation and the task. varibad: a belief over tasks. maml: MAML-TRPO. pearl: PEARL."""
     env: str = "trmrl/PointRobot-v0"
-    """Id of a registered gymnasium environment with `sample_tasks` and `set_task`; `module:id` imports module first."""
+    """Id of a gymnasium environment with `sample_tasks` and `set_task`; `module:id` imports module first."""
     horizon: int = 20
     """Steps of an episode."""
     episodes: int = 2
@@ -137,11 +137,11 @@ class Config:
     decode_state: bool = False
     """Whether the decoder predicts the next observation besides the reward (varibad)."""
 
-    sac_steps: int = 200
+    sac_steps: int = 60
     """Gradient steps an update (pearl)."""
     sac_tasks: int = 10
     """Tasks of a gradient step (pearl)."""
-    sac_batch: int = 64
+    sac_batch: int = 32
     """Transitions of each of them (pearl)."""
     context: int = 64
     """Transitions from which a task's embedding is inferred in training (pearl)."""
@@ -284,11 +284,11 @@ _META_WORLD = Config(
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {
-    "small": Config(),
+    "small": Config(normalize_advantages=True, max_grad_norm=0.5, updates=100, decay_from=40, decay_to=99),
     "medium": replace(
-        _CHEETAH_VEL, d_model=64, heads=4, layers=2, d_ff=256, lr=3e-4, value_lr=1e-3, updates=120, decay_from=0,
-        decay_to=0, normalize_advantages=True, threads=1,
-    ),  # fmt: skip
+        _CHEETAH_VEL, d_model=32, heads=4, layers=2, d_ff=128, lr=3e-4, value_lr=1e-3, passes=5, updates=250,
+        decay_from=150, decay_to=249, normalize_advantages=True, max_grad_norm=0.5,
+    ),
     "paper": _CHEETAH_VEL,
     "paper-cheetah-dir": _CHEETAH_DIR,
     "paper-ant-dir": replace(

@@ -1,8 +1,7 @@
 """Task distributions: environments that draw and take tasks, many tasks stepped at once, and RL²'s observations.
 
-An environment for meta-learning is a `gymnasium.Env` with two more methods (:class:`MetaEnv`). Registered here:
-``trmrl/PointRobot-v0``, on MuJoCo ``HalfCheetahVel-v5``, ``HalfCheetahDir-v5``, ``AntDir-v5`` (radians, as released),
-``AntDirForwardBackward-v5``, ``AntVel-v5``, ``HumanoidDir-v5``, and of Meta-World ``ML1-NAME-v3``, ``ML10-v3``, ``ML45-v3``.
+An environment for meta-learning is a `gymnasium.Env` with two more methods (:class:`MetaEnv`);
+:mod:`trmrl.registration` lists those that are here.
 """
 
 from __future__ import annotations
@@ -10,19 +9,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from metazoo.errors import UserError
 
+from trmrl.registration import NEEDS, register
+
 Split = Literal["train", "test", "ood"]
 Array = np.ndarray
-ML1_NAMES = ("reach", "push", "pick-place")
-"""Registered as trmrl/ML1-NAME-v3; any other of Meta-World's: gymnasium.make("trmrl/ML1-v3", name="door-open")."""
 
 
 class MetaEnv(Protocol):
@@ -44,7 +44,7 @@ class TaskVectorEnv(VectorEnv):
         action_space: of one.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(self, num_envs: int, observation_space: spaces.Box, action_space: spaces.Box) -> None:
         self.num_envs = num_envs
@@ -84,14 +84,14 @@ class _Point:
 
     @classmethod
     def move(cls, place: Array, action: Array) -> Array:
-        """An action is a move, cut to ±0.1 on each axis."""
-        return place + np.clip(action, -cls.reach, cls.reach)
+        """A step of 0.1 times the action, which is cut to ±1 on each axis."""
+        return place + cls.reach * np.clip(action, -1.0, 1.0)
 
 
 class PointRobotEnv(_Point, gym.Env):
     """A point in the plane, from (0, 0); the reward is minus the distance to a hidden goal after the move."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, render_mode: str | None = None) -> None:
         self.render_mode = render_mode
@@ -229,29 +229,30 @@ def make_vector(env: str, num_envs: int, threads: int = 1) -> TaskVectorEnv:
         UserError: what is wrong with it, or what to install.
     """
     spec = _spec(env)
-    if spec.vector_entry_point is None:
-        return SyncTaskVectorEnv(env, num_envs)
-    made: Any = gym.make_vec(
-        env, num_envs=num_envs, vectorization_mode="vector_entry_point", threads=threads
-    ).unwrapped  # gymnasium's checks and wrappers are for single environments
-    return made
+    if spec.vector_entry_point is not None:
+        creator: Any = spec.vector_entry_point
+        creator = load_env_creator(creator) if isinstance(creator, str) else creator
+        if isinstance(creator, type) and issubclass(creator, TaskVectorEnv):  # else it knows nothing of tasks
+            made: TaskVectorEnv = creator(num_envs=num_envs, threads=threads, **spec.kwargs)  # type: ignore[call-arg]
+            return made
+    return SyncTaskVectorEnv(env, num_envs)
 
 
 def _spec(env: str) -> Any:
     """Look an id up, and see that what it needs is installed."""
     module, _, name = env.rpartition(":")
     for package, extra in (("mujoco", "mujoco"), ("metaworld", "metaworld")):
-        if package in _NEEDS.get(name, ()) and importlib.util.find_spec(package) is None:
+        if package in NEEDS.get(name, ()) and importlib.util.find_spec(package) is None:
             raise UserError(
                 f"--env {name} needs {package}, which is not installed: pip install 'metazoo-trmrl[{extra}]' "
                 f"(in the repository: uv pip install './packages/trmrl[{extra}]')"
             )
     try:
-        if module:
+        if ":" in env:
             importlib.import_module(module)
         return gym.spec(name)
-    except (gym.error.Error, ImportError) as error:
-        ours = ", ".join(_NEEDS)
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        ours = ", ".join(NEEDS)
         raise UserError(
             f"--env {env}: {' '.join(str(error).split())} Here are {ours}; your own: module:id, where importing "
             "module registers id"
@@ -266,7 +267,8 @@ class RL2Wrapper(gym.Wrapper):
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        assert isinstance(env.observation_space, spaces.Box) and isinstance(env.action_space, spaces.Box)
+        assert isinstance(env.observation_space, spaces.Box)
+        assert isinstance(env.action_space, spaces.Box)
         size = env.observation_space.shape[0] + env.action_space.shape[0] + 2
         self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float64)
 
@@ -287,28 +289,4 @@ def seeds_of(seed: int, *place: int, count: int) -> Sequence[int]:
     return np.random.SeedSequence([seed, *place]).generate_state(count).tolist()
 
 
-# ---- registration
-
-_MUJOCO = ("HalfCheetahVel", "HalfCheetahDir", "AntDir", "AntDirForwardBackward", "AntVel", "HumanoidDir")
-_NEEDS: dict[str, tuple[str, ...]] = {"trmrl/PointRobot-v0": ()}
-
-
-def _register() -> None:
-    gym.register(
-        "trmrl/PointRobot-v0", entry_point="trmrl.env:PointRobotEnv",
-        vector_entry_point="trmrl.env:PointRobotVectorEnv",
-    )  # fmt: skip
-    for name in _MUJOCO:
-        gym.register(
-            f"trmrl/{name}-v5", entry_point=f"trmrl.mujoco_env:{name}Env",
-            vector_entry_point=f"trmrl.mujoco_env:{name}VectorEnv",
-        )  # fmt: skip
-        _NEEDS[f"trmrl/{name}-v5"] = ("mujoco",)
-    for name in ("ML1", *(f"ML1-{task}" for task in ML1_NAMES), "ML10", "ML45"):
-        benchmark, _, task = name.partition("-")
-        kwargs = {"benchmark": benchmark, **({"name": task} if task else {})}
-        gym.register(f"trmrl/{name}-v3", entry_point="trmrl.metaworld_env:MetaWorldEnv", kwargs=kwargs)
-        _NEEDS[f"trmrl/{name}-v3"] = ("metaworld",)
-
-
-_register()
+register()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import metaworld
@@ -11,6 +12,16 @@ from gymnasium import spaces
 from metazoo.errors import UserError
 
 from trmrl.env import Array, Split
+
+
+@functools.cache
+def _benchmark(benchmark: str, name: str, seed: int) -> Any:
+    """Classes and goals of a benchmark, which take seconds to make: many environments share them."""
+    if benchmark != "ML1":
+        return getattr(metaworld, benchmark)(seed=seed)
+    if f"{name}-v3" not in metaworld.ML1.ENV_NAMES:
+        raise UserError(f"Meta-World has no {name}-v3: one of {', '.join(sorted(metaworld.ML1.ENV_NAMES))}")
+    return metaworld.ML1(f"{name}-v3", seed=seed)
 
 
 class MetaWorldEnv(gym.Env):
@@ -26,18 +37,13 @@ class MetaWorldEnv(gym.Env):
         UserError: no such class; a goal that can be seen.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
 
     def __init__(
         self, benchmark: str = "ML1", name: str = "reach", seed: int = 0, render_mode: str | None = None
     ) -> None:
         self.render_mode = render_mode
-        kwargs: dict[str, Any] = {"seed": seed}
-        if benchmark == "ML1":
-            kwargs["env_name"] = f"{name}-v3"
-            if kwargs["env_name"] not in metaworld.ML1.ENV_NAMES:
-                raise UserError(f"Meta-World has no {name}-v3: one of {', '.join(sorted(metaworld.ML1.ENV_NAMES))}")
-        made = getattr(metaworld, benchmark)(**kwargs)
+        made = _benchmark(benchmark, name, seed)
         self._classes = {"train": dict(made.train_classes), "test": dict(made.test_classes)}
         self._goals = {
             split: {name: [task for task in tasks if task.env_name == name] for name in self._classes[split]}

@@ -6,6 +6,7 @@ while episodes run, and :meth:`Policy.forward` on the stored trials while it is 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ class Sizes(NamedTuple):
 def mlp(sizes: Sequence[int], gain: float = 1.0) -> nn.Sequential:
     """Linear layers with tanh between them: Xavier-uniform, zero biases, ``gain`` on the last."""
     layers: list[nn.Module] = []
-    for i, (width, following) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (width, following) in enumerate(itertools.pairwise(sizes)):
         linear = nn.Linear(width, following)
         last = i == len(sizes) - 2
         nn.init.xavier_uniform_(linear.weight, gain=gain if last else 1.0)
@@ -162,7 +163,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def act(self, token: Tensor, deterministic: bool = False) -> Tensor:
-        """Take the newest token(s) (D,) or (count, D), as :class:`trmrl.env.RL2Wrapper` gives them; actions likewise."""
+        """Take the newest token(s), (D,) or (count, D), of :class:`trmrl.env.RL2Wrapper`; actions likewise."""
         found = self.step(token.reshape(-1, token.shape[-1]).float())
         action = found.mean if deterministic else found.sample()
         return action.reshape(*token.shape[:-1], -1)
@@ -180,7 +181,7 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
     """A causal transformer over the last K transitions, and a Gaussian head on its newest output.
 
     Args:
-        observation_size, action_size, task_size: of the environment; with a task size above 0 the task is seen (oracle).
+        observation_size, action_size, task_size: of the environment; with a task size the task is seen (oracle).
         window: K.
         d_model, heads, layers, d_ff: of the encoder.
         norm, init, readout, carry_memory, mask_reward, mask_action, head_hidden, output_gain, init_std: see
@@ -219,9 +220,7 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
 
     # ---- the encoder
 
-    def encode(
-        self, window: Tensor, length: Tensor | None = None, maps: list[Tensor] | None = None
-    ) -> Tensor:
+    def encode(self, window: Tensor, length: Tensor | None = None, maps: list[Tensor] | None = None) -> Tensor:
         """Episodic memories of windows.
 
         Args:
@@ -279,7 +278,7 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
 
     def windows(self, trials: Trials, index: Tensor) -> tuple[Tensor, Tensor]:
         """Windows (M, K, D) at samples ``index`` and their lengths (M,), cut from the trials as they are needed."""
-        count, episodes, steps = trials.rewards.shape
+        _, episodes, steps = trials.rewards.shape
         tokens = trials.tokens
         if self.sizes.task:
             tasks = trials.tasks[:, None, None].expand(-1, episodes, steps, -1)
@@ -306,7 +305,14 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
         """
         try:
             return cls.from_pretrained(str(source))
-        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, SafetensorError, TypeError) as error:
+        except (
+            OSError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            SafetensorError,
+            TypeError,
+        ) as error:
             raise UserError(
                 f"{source} is no saved policy (a folder with config.json and model.safetensors, or a hub id): "
                 f"{' '.join(str(error).split())[:200]}"
@@ -340,6 +346,8 @@ class RL2Policy(Policy):
             shown[sizes.observation : sizes.observation + sizes.action] = 0
         if mask_reward:
             shown[sizes.observation + sizes.action] = 0
+        if mask_action and mask_reward:
+            shown[sizes.observation + sizes.action + 1] = 0
         self.register_buffer("shown", shown, persistent=False)
         self._state: Tensor | None = None
 

@@ -74,7 +74,11 @@ class MujocoTasks:
         before = self.measures()
         self.advance(action)
         reward, ended, info = self.outcome(
-            before[None], self.measures()[None], action[None], self.task[None], self.model.opt.timestep * self.frame_skip
+            before[None],
+            self.measures()[None],
+            action[None],
+            self.task[None],
+            self.model.opt.timestep * self.frame_skip,
         )
         if self.render_mode == "human":
             self.render()  # type: ignore[attr-defined]
@@ -202,7 +206,7 @@ class AntVelEnv(_Ant):
 
 
 class HumanoidDirEnv(MujocoTasks, HumanoidEnv):
-    """r = 0.25 Δ(centre of mass)·(cos g, sin g)/timestep − 0.1‖ctrl‖² − impact + 5, g ~ U(0, 2π); the released code's."""
+    """r = 0.25 Δ(centre of mass)·(cos g, sin g)/timestep − 0.1‖ctrl‖² − impact + 5, g ~ U(0, 2π), as released."""
 
     size = 376
     first_task = 0.0

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from trmrl.collect import collect, standard_normal, starts
 from trmrl.config import Config
 from trmrl.env import TaskVectorEnv, make_vector
-from trmrl.model import Policy, Sizes, TrMRLPolicy, Trials, Value, policy_of
+from trmrl.model import Policy, Sizes, Trials, TrMRLPolicy, Value, policy_of
 
 CHUNK = 4096
 TASKS, STARTS, NOISE, ORDER = 0, 1, 2, 3
@@ -93,7 +93,9 @@ class PPOLearner:
         self.policy = policy_of(config, self.sizes).to(accelerator.device)
         self.value = Value(self._value_size(), config.head_hidden).to(accelerator.device)
         trained = [value for value in self.policy.parameters() if value.requires_grad]
-        trunk = [*self.value.parameters(), *(trained if config.shared_trunk else [])]
+        head = {id(value) for value in self.policy.head.parameters()}  # the value does not train how to act
+        shared = [value for value in trained if id(value) not in head] if config.shared_trunk else []
+        trunk = [*self.value.parameters(), *shared]
         self.policy_optimizer = torch.optim.AdamW(
             trained, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )  # fmt: skip
@@ -118,7 +120,7 @@ class PPOLearner:
     def state(self) -> dict[str, checkpoint.Stateful]:
         """All that a resumed run needs. Environments start anew with each update, from seeds of their own."""
         found: dict[str, checkpoint.Stateful] = {
-            "policy": self.policy, "value": self.value, "policy_optimizer": self.policy_optimizer,
+            "model": self.policy, "value": self.value, "policy_optimizer": self.policy_optimizer,
             "value_optimizer": self.value_optimizer,
         }  # fmt: skip
         return found | (self.auxiliary.state() if self.auxiliary is not None else {})
@@ -135,7 +137,9 @@ class PPOLearner:
         trials, infos = self.collect(step)
         with torch.no_grad():
             values = self._in_chunks(trials, lambda index: self.value(self.value_features(trials, index)).mean)
-            log_old = self._in_chunks(trials, lambda index: log_prob(self.policy(trials, index), actions_of(trials, index)))
+            log_old = self._in_chunks(
+                trials, lambda index: log_prob(self.policy(trials, index), actions_of(trials, index))
+            )
         returns, advantages = returns_and_advantages(
             trials.rewards.cpu().numpy(), values.cpu().numpy().reshape(trials.rewards.shape),
             trials.valid.cpu().numpy(), self.config.discount, self.config.gae_lambda,
@@ -201,7 +205,7 @@ class PPOLearner:
 
     def _train_policy(self, trials: Trials, log_old: Tensor, advantages: Tensor, step: int) -> dict[str, Any]:
         config, valid = self.config, trials.valid.reshape(-1).float()
-        losses, clipped, shown = [], [], []
+        losses, clipped, shown = [], [torch.zeros_like(valid[0])], [torch.zeros_like(valid[0])]
         self._set_rate(self.policy_optimizer, config.lr * rate(config, step))
         for index, count in self._minibatches(trials, step, 0):
             loss = torch.zeros((), device=valid.device)
@@ -293,7 +297,9 @@ def sizes_of(env: TaskVectorEnv) -> Sizes:
     """Sizes of an environment's observations, actions and tasks."""
     task = env.sample_tasks(1, np.random.default_rng(0), "train")
     return Sizes(
-        env.single_observation_space.shape[0], env.single_action_space.shape[0], task.shape[1]  # type: ignore[index]
+        env.single_observation_space.shape[0],
+        env.single_action_space.shape[0],
+        task.shape[1],  # type: ignore[index]
     )
 
 

@@ -1,4 +1,4 @@
-"""T-Fixup: an initialisation with which a transformer without LayerNorm trains from the first step (Huang et al. 2020)."""
+"""T-Fixup (Huang et al. 2020): a transformer without LayerNorm trains from the first step on."""
 
 from __future__ import annotations
 
