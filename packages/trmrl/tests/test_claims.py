@@ -28,7 +28,7 @@ OWN = {
 }  # fmt: skip
 SAYS: dict[str, set[str]] = {
     **{arm: OWN for arm in ("trmrl", "rl2", "memoryless", "oracle", "varibad", "maml", "pearl")},
-    **{arm: {"init", "norm"} for arm in ("tfixup", "tfixup-original", "xavier", "layernorm")},
+    **{arm: {"init", "norm"} for arm in ("tfixup", "xavier", "tfixup-8", "xavier-8", "layernorm-8")},
     **{arm: {"window"} for arm in ("k-5", "k-2", "k-1")},
     "no-reward": {"mask_reward"},
 }
@@ -106,10 +106,10 @@ def test_arms_are_what_they_say() -> None:
         found = arms(named("two-over-one"), scale)
         assert found["k-1"] == dataclasses.replace(found["k-2"], window=1)
         found = arms(named("tfixup-over-xavier"), scale)
-        assert found["xavier"] == dataclasses.replace(found["tfixup"], init="xavier")
-        assert found["tfixup"].layers == 8
+        assert found["xavier-8"] == dataclasses.replace(found["tfixup-8"], init="xavier")
+        assert found["tfixup-8"].layers == 8
         found = arms(named("tfixup-over-layernorm"), scale)
-        assert found["layernorm"] == dataclasses.replace(found["tfixup"], init="xavier", norm="post")
+        assert found["layernorm-8"] == dataclasses.replace(found["tfixup-8"], init="xavier", norm="post")
     assert {config.algo for config in claims._ARMS["small"].values()} == set(ALGORITHMS)
 
 
@@ -133,7 +133,7 @@ def test_measure(arm: str) -> None:
     assert found["seconds_of_training"] > 0  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["no-reward", "layernorm"])
+@pytest.mark.parametrize("name", ["no-reward", "layernorm-8"])
 def test_measure_of_ablations(name: str) -> None:
     """What they need, too; no score is above 1 by much: 1 is the best possible."""
     base = claims._WINDOW_ARMS["small"] | claims._DEEP_ARMS["small"]

@@ -101,7 +101,8 @@ def collect(
             observation, reward, terminated, truncated, info = env.step(acted)
             _check_finite(reward, "reward", tasks, episode, t, going)
             _check_finite(observation, "observation", tasks, episode, t, going & ~terminated)
-            actions[:, episode, t], rewards[:, episode, t] = acted, np.where(going, reward, 0.0)
+            reward = np.where(going, reward, 0.0)
+            actions[:, episode, t], rewards[:, episode, t] = acted, reward
             for name, value in info.items():
                 if isinstance(value, np.ndarray) and value.dtype.kind in "fb" and value.shape == (count,):
                     infos.setdefault(name, np.zeros((count, episodes, horizon)))[:, episode, t] = value
@@ -112,9 +113,10 @@ def collect(
                     f"horizon is {horizon}: give --horizon {t + 1}, as a batch has one horizon"
                 )
             going = going & ~terminated
-            observation = np.where(going[:, None], observation, 0.0)  # what comes after the end may be anything
+            # what comes after the end may be anything
+            observation = np.where(going[:, None] | np.isfinite(observation), observation, 0.0)
             token = np.concatenate(
-                [observation, acted, np.where(going, reward, 0.0)[:, None], ~going[:, None]], 1, dtype=np.float32, casting="unsafe"
+                [observation, acted, reward[:, None], ~going[:, None]], 1, dtype=np.float32, casting="unsafe"
             )
     return trials(episodes), infos
 

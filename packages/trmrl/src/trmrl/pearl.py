@@ -1,19 +1,21 @@
 """PEARL (Rakelly et al. 2019): soft actor-critic with a task's embedding z, inferred from transitions in any order.
 
 q(z|c) ∝ Π_n N(z; f_φ(s_n, a_n, r_n)), a product of Gaussians (their equation 2), prior N(0, I). Critics' Bellman errors
-and the KL divergence train the encoder; actor and value see z without its gradient. Off-policy: each training task has a
-buffer of its own, and a small one of its newest exploration, which contexts are drawn from.
+and the KL divergence train the encoder; actor and value see z without its gradient. Off-policy: each training task has
+a buffer of its own, and a small one of its newest exploration, which contexts are drawn from.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from metazoo import checkpoint, loop
+from metazoo.errors import UserError
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
@@ -36,7 +38,7 @@ def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Three hidden ReLU layers; the last layer starts near nothing."""
     widths = [inputs, hidden, hidden, hidden]
     layers: list[nn.Module] = []
-    for width, following in zip(widths[:-1], widths[1:], strict=True):
+    for width, following in itertools.pairwise(widths):
         linear = nn.Linear(width, following)
         nn.init.constant_(linear.bias, 0.1)
         layers += [linear, nn.ReLU()]
@@ -104,10 +106,8 @@ class PEARLModel(nn.Module):
         self.value = network(state + config.latent, hidden, 1)
         self.target = network(state + config.latent, hidden, 1).requires_grad_(False)
         self.target.load_state_dict(self.value.state_dict())
-        finite = np.isfinite(low) & np.isfinite(high)
-        scale, middle = np.where(finite, (high - low) / 2, 1.0), np.where(finite, (high + low) / 2, 0.0)
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
-        self.register_buffer("middle", torch.tensor(middle, dtype=torch.float32), persistent=False)
+        self.register_buffer("scale", torch.tensor((high - low) / 2, dtype=torch.float32), persistent=False)
+        self.register_buffer("middle", torch.tensor((high + low) / 2, dtype=torch.float32), persistent=False)
 
     def posterior(self, context: Tensor, mask: Tensor) -> Normal:
         """q(z|c) of contexts (…, n, S + A + 1), as far as mask (…, n) says: (…, latent)."""
@@ -126,7 +126,30 @@ class PEARLModel(nn.Module):
         return self.critics[0](joined)[..., 0], self.critics[1](joined)[..., 0]
 
 
-class PEARLAgent:
+class Batch(NamedTuple):
+    """A gradient step's share of one process: n tasks with b transitions and c of context each.
+
+    state (n, b, S), action (n, b, A), reward (n, b), following (n, b, S), ended (n, b), context (n, c, S + A + 1), and
+    standard normal noise of embeddings (n, latent) and of actions (n, b, A). ``tasks``: n over all processes.
+    """
+
+    state: Tensor
+    action: Tensor
+    reward: Tensor
+    following: Tensor
+    ended: Tensor
+    context: Tensor
+    latent_noise: Tensor
+    action_noise: Tensor
+    tasks: int
+
+    @property
+    def total(self) -> int:
+        """Transitions over all processes."""
+        return self.tasks * self.state.shape[1]
+
+
+class PEARLAgent(nn.Module):
     """Acts with z from the prior in the first episode of a task, then with z from the posterior of all so far.
 
     Args:
@@ -135,16 +158,15 @@ class PEARLAgent:
     """
 
     def __init__(self, model: PEARLModel, noise: Tensor | None = None) -> None:
+        super().__init__()
         self.model, self.noise = model, noise
         self._episode, self._z = 0, torch.zeros(0)
 
-    def parameters(self) -> Any:
-        """Of the networks."""
-        return self.model.parameters()
-
     def _noise(self, count: int) -> Tensor:
-        shape = (count, self.model.latent)
-        drawn = standard_normal(0, LATENTS, self._episode, shape=shape) if self.noise is None else self.noise[self._episode]
+        if self.noise is None:
+            drawn = standard_normal(0, LATENTS, self._episode, shape=(count, self.model.latent))
+        else:
+            drawn = self.noise[self._episode]
         return drawn.to(self.model.scale.device)  # type: ignore[arg-type]
 
     def reset(self, count: int = 1, tasks: Tensor | None = None) -> None:
@@ -171,15 +193,24 @@ class PEARLLearner:
     Args:
         config: what to train.
         accelerator: of this process. Processes share the collection and the tasks of each gradient step; all keep all.
+
+    Raises:
+        UserError: a horizon of one step, as no next observation is ever seen; actions without bounds.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        if config.horizon < 2:
+            raise UserError("--horizon is 1: give 2 or more, as pearl learns from steps that have a next observation")
         self.config, self.accelerator = config, accelerator
         self.mine = share_of_tasks(config.tasks, accelerator)
         self.env = make_vector(config.env, len(self.mine), config.threads)
         self.sizes = sizes_of(self.env)
         torch.manual_seed(config.seed)
         space = self.env.single_action_space
+        if not (np.isfinite(space.low) & np.isfinite(space.high)).all():  # type: ignore[attr-defined]
+            raise UserError(
+                f"--env {config.env}: its actions have no bounds, which pearl squashes them to: give a Box with"
+            )
         self.model = PEARLModel(self.sizes, config, space.low, space.high).to(accelerator.device)  # type: ignore[attr-defined]
         model = self.model
         self.optimizers = {
@@ -187,9 +218,7 @@ class PEARLLearner:
             "value": self._adam([*model.value.parameters()]),
             "actor": self._adam([*model.actor.parameters()]),
         }
-        self.tasks = self.env.sample_tasks(
-            config.train_tasks, np.random.default_rng([config.seed, TRAIN]), "train"
-        )
+        self.tasks = self.env.sample_tasks(config.train_tasks, np.random.default_rng([config.seed, TRAIN]), "train")
         steps = config.updates * config.episodes * config.horizon
         size, state, action = min(CAPACITY, max(steps, 1)), self.sizes.observation, self.sizes.action
         # on the CPU: s, a, r, s', d of each task in a ring; s, a, r of its newest episode with z from the prior
@@ -264,8 +293,8 @@ class PEARLLearner:
     def keep(self, trials: Trials, which: np.ndarray) -> None:
         """Put trials into the buffers of tasks ``which`` (B,).
 
-        The last step of an episode has no next observation in the trials, and is left out of the replay buffer, unless
-        the task ended it: then the next observation does not count.
+        A step at the horizon has no next observation in the trials, and is left out of the replay buffer. One that
+        ended its episode before is kept with d = 1: its next observation does not count. Time limits never give d = 1.
         """
         tokens, actions, rewards, valid = (part.cpu() for part in trials[:4])
         state = tokens[..., : self.sizes.observation]
@@ -273,13 +302,13 @@ class PEARLLearner:
         goes_on = torch.cat([valid[:, :, 1:], valid[:, :, -1:]], 2)
         ended = valid & ~goes_on
         held = valid.clone()
-        held[:, :, -1] = False
+        held[:, :, -1] = False  # the trials do not tell what came after it, nor whether it was an end
         rows = torch.cat([state, actions, rewards[..., None], following, ended[..., None].float()], -1)
         size = self.kept.shape[1]
         for row, task in enumerate(which.tolist()):
             new = rows[row][held[row]]
             places = (self.count[task] + torch.arange(len(new))) % size
-            self.kept[task, places] = new
+            self.kept[task, places[-size:]] = new[-size:]  # no place twice, as it would be open which one stays
             self.count[task] += len(new)
             first = valid[row, 0]
             number = int(first.sum())
@@ -287,55 +316,85 @@ class PEARLLearner:
             self.explored[task, :number] = explored
             self.explored_count[task] = number
 
-    def gradient_step(self, step: int, done: int) -> Tensor:
-        """One step of critics and encoder, of the value, of the actor, on some tasks; this process's sums (6,)."""
+    def draw(self, step: int, done: int) -> Batch | None:
+        """What this process takes of a gradient step; None: nothing, there are more processes than tasks."""
         config, device = self.config, self.accelerator.device
         rng = np.random.default_rng([config.seed, step, BATCHES, done])
-        known = (self.count > 0).nonzero()[:, 0].numpy()
-        tasks = rng.choice(known, min(config.sac_tasks, len(known)), replace=False)
-        batch, total = config.sac_batch, len(tasks) * config.sac_batch
         # every process draws for all tasks, so that how they are shared makes no difference
-        counts = np.minimum(self.count[tasks].numpy(), self.kept.shape[1])
-        places = torch.from_numpy(rng.integers(counts[:, None], size=(len(tasks), batch)))
-        seen = torch.from_numpy(
-            rng.integers(self.explored_count[tasks].numpy()[:, None], size=(len(tasks), config.context))
-        )
-        noise = torch.from_numpy(rng.standard_normal((len(tasks), config.latent), dtype=np.float32))
-        acting = torch.from_numpy(rng.standard_normal((len(tasks), batch, self.sizes.action), dtype=np.float32))
-        model, sums = self.model, torch.zeros(6, device=device)
-        critic_loss = value_loss = actor_loss = None
-        for mine in loop.share(torch.arange(len(tasks)), self.accelerator):
-            rows = torch.from_numpy(tasks)[mine]
-            drawn = self.kept[rows[:, None], places[mine]].to(device)
-            context = self.explored[rows[:, None], seen[mine]].to(device)
-            widths = [self.sizes.observation, self.sizes.action, 1, self.sizes.observation, 1]
-            state, action, reward, following, ended = drawn.split(widths, -1)
-            posterior = model.posterior(context, torch.ones_like(context[..., 0], dtype=torch.bool))
-            z = (posterior.mean + posterior.stddev * noise[mine].to(device))[:, None].expand(-1, batch, -1)
-            fixed = z.detach()
-            with torch.no_grad():
-                target = model.target(torch.cat([following, fixed], -1))[..., 0]
-                target = bellman(reward[..., 0] * config.reward_scale, ended[..., 0], target, config.discount)
-            kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum()
-            bellman_loss = sum(((found - target) ** 2).sum() for found in model.q(state, action, z)) / total
-            critic_loss = bellman_loss + config.kl_weight * kl
-            found = model.act(state, fixed)
-            drawn_action, log_prob = found.draw_with_log_prob(acting[mine].to(device))
-            least = torch.minimum(*model.q(state, drawn_action, fixed))
-            wanted = (least - log_prob).detach()
-            value_loss = ((model.value(torch.cat([state, fixed], -1))[..., 0] - wanted) ** 2).sum() / total
-            mean, log_std = found.before.mean, found.before.stddev.log()
-            size = total * self.sizes.action
-            shrink = MEAN_WEIGHT * (mean**2).sum() / size + STD_WEIGHT * (log_std**2).sum() / size
-            actor_loss = (log_prob - least).sum() / total + shrink
-            parts = [bellman_loss, value_loss, actor_loss, kl, -log_prob.sum() / total]
-            sums = torch.stack([*parts, posterior.stddev.mean(-1).sum() / len(tasks)]).detach()
-        self._optimise("critic", critic_loss)
-        self._optimise("value", value_loss)
-        self._optimise("actor", actor_loss)
+        tasks = rng.choice((self.count > 0).nonzero()[:, 0].numpy(), config.sac_tasks)
+        count, batch = config.sac_tasks, config.sac_batch
+        kept = np.minimum(self.count[tasks].numpy(), self.kept.shape[1])
+        places = torch.from_numpy(rng.integers(kept[:, None], size=(count, batch)))
+        explored = self.explored_count[tasks].numpy()
+        seen = torch.from_numpy(rng.integers(explored[:, None], size=(count, config.context)))
+        latent_noise = torch.from_numpy(rng.standard_normal((count, config.latent), dtype=np.float32))
+        action_noise = torch.from_numpy(rng.standard_normal((count, batch, self.sizes.action), dtype=np.float32))
+        shared = loop.share(torch.arange(count), self.accelerator)
+        if not shared:
+            return None
+        mine = shared[0]
+        rows = torch.from_numpy(tasks)[mine]
+        widths = [self.sizes.observation, self.sizes.action, 1, self.sizes.observation, 1]
+        state, action, reward, following, ended = self.kept[rows[:, None], places[mine]].to(device).split(widths, -1)
+        return Batch(
+            state, action, reward[..., 0], following, ended[..., 0], self.explored[rows[:, None], seen[mine]].to(device),
+            latent_noise[mine].to(device), action_noise[mine].to(device), count,
+        )  # fmt: skip
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What trains critics and encoder: Σ_i mean (Q_i − y)² + weight · Σ KL(q(z|c) ‖ N(0, I)) over tasks.
+
+        Returns:
+            The loss; embeddings z (n, latent), without gradient; the Bellman part, the KL divergence and z's mean
+            standard deviation (3,), without gradient.
+        """
+        config, model = self.config, self.model
+        posterior = model.posterior(batch.context, torch.ones_like(batch.context[..., 0], dtype=torch.bool))
+        z = posterior.mean + posterior.stddev * batch.latent_noise
+        shown = beside(batch.state, z)
         with torch.no_grad():
-            for slow, fast in zip(model.target.parameters(), model.value.parameters(), strict=True):
-                slow.lerp_(fast, config.soft_target)
+            following = model.target(torch.cat([batch.following, shown], -1))[..., 0]
+            wanted = bellman(batch.reward * config.reward_scale, batch.ended, following, config.discount)
+        one, other = model.q(batch.state, batch.action, shown)
+        errors = (((one - wanted) ** 2).sum() + ((other - wanted) ** 2).sum()) / batch.total
+        kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum()
+        spread = posterior.stddev.mean(-1).sum() / batch.tasks
+        return errors + config.kl_weight * kl, z.detach(), torch.stack([errors, kl, spread]).detach()
+
+    def policy_losses(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What trains the value, (V − (min Q − log π))², and the actor, log π − min Q and its regularisers; means.
+
+        Returns:
+            Both losses, and −log π, without gradient.
+        """
+        model, shown = self.model, beside(batch.state, z)
+        found = model.act(batch.state, shown)
+        action, log_prob = found.draw_with_log_prob(batch.action_noise)
+        least = torch.minimum(*model.q(batch.state, action, shown))
+        value = model.value(torch.cat([batch.state, shown], -1))[..., 0]
+        value_loss = ((value - (least - log_prob).detach()) ** 2).sum() / batch.total
+        mean, log_std = found.before.mean, found.before.stddev.log()
+        shrink = (MEAN_WEIGHT * mean**2 + STD_WEIGHT * log_std**2).sum() / self.sizes.action
+        actor_loss = ((log_prob - least).sum() + shrink) / batch.total
+        return value_loss, actor_loss, -log_prob.detach().sum() / batch.total
+
+    def gradient_step(self, step: int, done: int) -> Tensor:
+        """One step of critics and encoder, then of value and actor by the new critics; this process's sums (6,)."""
+        batch = self.draw(step, done)
+        if batch is None:
+            sums = torch.zeros(6, device=self.accelerator.device)
+            for name in self.optimizers:  # the others' gradients are taken nevertheless
+                self._optimise(name, None)
+        else:
+            loss, z, shown = self.critic_loss(batch)
+            self._optimise("critic", loss)
+            value_loss, actor_loss, entropy = self.policy_losses(batch, z)
+            self._optimise("value", value_loss)
+            self._optimise("actor", actor_loss)
+            sums = torch.stack([shown[0], value_loss, actor_loss, shown[1], entropy, shown[2]]).detach()
+        with torch.no_grad():
+            for slow, fast in zip(self.model.target.parameters(), self.model.value.parameters(), strict=True):
+                slow.lerp_(fast, self.config.soft_target)
         return sums
 
     def _optimise(self, name: str, loss: Tensor | None) -> None:
@@ -348,6 +407,11 @@ class PEARLLearner:
                 value.grad = gradient
         loop.sum_gradients(parameters, self.accelerator)
         optimizer.step()
+
+
+def beside(state: Tensor, z: Tensor) -> Tensor:
+    """Embeddings (n, latent) beside each of states (n, b, S): (n, b, latent)."""
+    return z[:, None].expand(-1, state.shape[1], -1)
 
 
 def bellman(reward: Tensor, ended: Tensor, following: Tensor, discount: float) -> Tensor:
