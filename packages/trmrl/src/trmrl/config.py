@@ -286,8 +286,8 @@ _META_WORLD = Config(
 PRESETS: dict[str, Config] = {
     "small": Config(normalize_advantages=True, max_grad_norm=0.5, updates=100, decay_from=40, decay_to=99),
     "medium": replace(
-        _CHEETAH_VEL, d_model=32, heads=4, layers=2, d_ff=128, lr=3e-4, value_lr=1e-3, passes=5, updates=250,
-        decay_from=150, decay_to=249, normalize_advantages=True, max_grad_norm=0.5,
+        _CHEETAH_VEL, d_model=32, heads=4, layers=2, d_ff=128, lr=5e-4, value_lr=1e-3, passes=4, minibatch=1000,
+        updates=120, decay_from=80, decay_to=119, normalize_advantages=True, max_grad_norm=0.5,
     ),
     "paper": _CHEETAH_VEL,
     "paper-cheetah-dir": _CHEETAH_DIR,

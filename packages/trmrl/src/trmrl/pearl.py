@@ -337,8 +337,9 @@ class PEARLLearner:
         widths = [self.sizes.observation, self.sizes.action, 1, self.sizes.observation, 1]
         state, action, reward, following, ended = self.kept[rows[:, None], places[mine]].to(device).split(widths, -1)
         return Batch(
-            state, action, reward[..., 0], following, ended[..., 0], self.explored[rows[:, None], seen[mine]].to(device),
-            latent_noise[mine].to(device), action_noise[mine].to(device), count,
+            state, action, reward[..., 0], following, ended[..., 0],
+            self.explored[rows[:, None], seen[mine]].to(device), latent_noise[mine].to(device),
+            action_noise[mine].to(device), count,
         )  # fmt: skip
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
