@@ -316,8 +316,7 @@ class MAMLLearner:
     def _shaped(self, flat: Tensor) -> Params:
         parts = flat.split([value.numel() for value in self.policy.parameters()])
         return {
-            name: part.view_as(value)
-            for (name, value), part in zip(self.policy.named_parameters(), parts, strict=True)
+            name: part.view_as(value) for (name, value), part in zip(self.policy.named_parameters(), parts, strict=True)
         }
 
     @torch.no_grad()
