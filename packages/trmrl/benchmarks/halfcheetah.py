@@ -61,11 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"))
     args = parser.parse_args()
     base = replace(PRESETS["medium"], updates=args.updates)
-    asked = [
-        (arm, replace(base, algo=ARMS[arm], seed=seed))
-        for seed in args.seeds
-        for arm in args.arms or ARMS  # type: ignore[arg-type]
-    ]
+    asked = [(arm, replace(arms_of(base)[arm], seed=seed)) for seed in args.seeds for arm in args.arms or ARMS]
     rows = Parallel(n_jobs=args.jobs)(
         delayed(run)(arm, config, args.runs / f"{arm}-{config.seed}") for arm, config in asked
     )

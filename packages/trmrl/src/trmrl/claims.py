@@ -150,7 +150,7 @@ _WINDOW_ARMS = {
 }
 _GROWTH = Config(d_model=64, heads=4, d_ff=256, window=5)
 _GROWTH_ARMS = {init: replace(_GROWTH, init=init) for init in ("tfixup", "xavier")}  # type: ignore[arg-type]
-# Besides, 9 pilots of TrMRL and one of RL² at seed 100 found the number of updates, clipping and the decay for all arms.
+# Besides, 9 pilots of TrMRL and one of RL² at seed 100 found updates, clipping and decay for all arms.
 _TRIALS = {"trmrl": 3, "rl2": 3, "memoryless": 0, "varibad": 3, "maml": 3, "pearl": 7}
 _ALSO = ("episode_2", "best_episode", "ood_episode_1", "seconds_of_training")
 

@@ -64,7 +64,7 @@ def collect(
         device: of the agent and of the trials.
 
     Returns:
-        The trials, and what the environment says in `info` of each step (B, E, T): arrays of numbers, zero where there is none.
+        The trials, and what the environment says in `info` of each step (B, E, T): numbers, zero where there are none.
 
     Raises:
         UserError: NaN or infinity in an observation or a reward (with task, episode and step); an episode that its time

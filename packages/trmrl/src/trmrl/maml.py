@@ -1,44 +1,85 @@
 """MAML-TRPO (Finn et al. 2017): weights from which one policy-gradient step on a task's own episodes helps most.
 
-Inner step (their equation 4): θ'_i = θ − α ∇_θ L_i(θ), L_i = −mean(log π_θ(a|s) A) on episodes of task i. Outer step: a
-trust region (Schulman et al. 2015) for the mean over tasks of the surrogate at θ'_i(θ) on episodes after the inner step.
+Inner step (their equation 4): θ'_i = θ − α ∇_θ L_i(θ), L_i = −mean(log π_θ(a|s) A) on episodes of task i. Outer step:
+a trust region (Schulman et al. 2015) for the mean over tasks of the surrogate at θ'_i(θ) on episodes after the
+inner step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from metazoo import checkpoint
-from torch import Tensor
+from metazoo import checkpoint, inner
+from metazoo.inner import Params
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, grad_and_value, vjp
 
 from trmrl.collect import collect, standard_normal, starts
 from trmrl.config import Config
 from trmrl.env import make_vector
 from trmrl.model import GaussianHead, Sizes, Trials
-from trmrl.ppo import NOISE, STARTS, TASKS, discounted_sums, share_of_tasks, sizes_of
+from trmrl.ppo import NOISE, STARTS, TASKS, discounted_sums, log_prob, share_of_tasks, sizes_of
 
-Params = dict[str, Tensor]
-CG_STEPS, CG_DAMPING = 10, 1e-5
+CG_STEPS, CG_DAMPING, CG_RESIDUAL = 10, 1e-5, 1e-10
 BACKTRACK, BACKTRACKS = 0.8, 15
-RIDGE = 1e-5
+RIDGE, RIDGES = 1e-5, 5
 
 
-def linear_baseline(observations: np.ndarray, returns: np.ndarray, weights: np.ndarray) -> np.ndarray:
+class Batch(NamedTuple):
+    """Episodes of tasks, ready for a gradient: (tasks, samples, …). Weights are 0 where an episode had ended, and add
+    up to 1 over the samples of a task."""
+
+    observations: Tensor
+    actions: Tensor
+    advantages: Tensor
+    weights: Tensor
+
+
+def batch_of(trials: Trials, rollouts: int, sizes: Sizes, discount: float) -> Batch:
+    """All episodes of trials, with advantages over the linear baseline (GAE with λ = 1), standardised for each task.
+
+    Args:
+        trials: rows of one task follow each other.
+        rollouts: rows of a task.
+        sizes: of the environment.
+        discount: γ.
+    """
+    steps = trials.rewards.shape[2]
+
+    def by_task(part: Tensor) -> Tensor:  # (tasks, episodes, T, …), zeros where nothing counts: NaN · 0 would be NaN
+        valid = trials.valid.reshape(*trials.valid.shape, *[1] * (part.dim() - 3))
+        return part.where(valid, torch.zeros_like(part)).reshape(-1, rollouts * part.shape[1], *part.shape[2:])
+
+    seen = by_task(trials.tokens[..., : sizes.observation])
+    actions, rewards = by_task(trials.actions), by_task(trials.rewards).cpu().numpy()
+    weights = by_task(trials.valid).cpu().numpy().astype(np.float64)
+    weights /= weights.sum((1, 2), keepdims=True)
+    returns = discounted_sums(rewards, discount)  # no bootstrap: what follows an episode's end is zero
+    advantages = returns - linear_baseline(seen.cpu().numpy(), returns, weights > 0)
+    advantages -= (advantages * weights).sum((1, 2), keepdims=True)
+    spread = np.sqrt((advantages**2 * weights).sum((1, 2), keepdims=True))
+    flat = [
+        torch.from_numpy(part.reshape(-1, part.shape[1] * steps)) for part in (advantages / (spread + 1e-8), weights)
+    ]
+    return Batch(seen.flatten(1, 2), actions.flatten(1, 2), *(part.to(seen) for part in flat))
+
+
+def linear_baseline(observations: np.ndarray, returns: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Values of the linear feature baseline (Duan et al. 2016), fitted to each task by ridge regression.
 
-    Features: s (cut to ±10), s², t/100, (t/100)², (t/100)³, 1.
+    Features: s (cut to ±10), s², t/100, (t/100)², (t/100)³, 1. A task whose system is singular gets ten times the
+    ridge, up to four times over; if that does not help, values are zero.
 
     Args:
         observations: (tasks, episodes, T, S).
         returns: (tasks, episodes, T), discounted.
-        weights: (tasks, episodes, T), 0 where a step does not count.
+        valid: (tasks, episodes, T), whether a step counts.
 
     Returns:
         (tasks, episodes, T).
@@ -48,79 +89,64 @@ def linear_baseline(observations: np.ndarray, returns: np.ndarray, weights: np.n
     time = np.broadcast_to((np.arange(steps) / 100.0)[:, None], (tasks, episodes, steps, 1))
     features = np.concatenate([seen, seen**2, time, time**2, time**3, np.ones_like(time)], -1)
     features = features.reshape(tasks, episodes * steps, -1)
-    weighted = features * weights.reshape(tasks, -1, 1)
-    gram, target = weighted.swapaxes(1, 2) @ features, weighted.swapaxes(1, 2) @ returns.reshape(tasks, -1, 1)
-    ridge = RIDGE
-    while True:
-        found = np.linalg.solve(gram + ridge * np.eye(gram.shape[1]), target)
-        if np.isfinite(found).all():
+    weighted = (features * valid.reshape(tasks, -1, 1)).swapaxes(1, 2)
+    gram, target = weighted @ features, weighted @ returns.reshape(tasks, -1, 1)
+    weights, todo = np.zeros_like(target), np.arange(tasks)
+    for attempt in range(RIDGES):
+        system = gram[todo] + RIDGE * 10**attempt * np.eye(gram.shape[1])
+        found, failed = (part.numpy() for part in torch.linalg.solve_ex(*map(torch.from_numpy, (system, target[todo]))))
+        good = (failed == 0) & np.isfinite(found).all((1, 2))
+        weights[todo[good]] = found[good]
+        todo = todo[~good]
+        if not len(todo):
             break
-        ridge *= 10
-    values: np.ndarray = (features @ found).reshape(tasks, episodes, steps)
+    values: np.ndarray = (features @ weights).reshape(tasks, episodes, steps)
     return values
 
 
-class Batch:
-    """Episodes of tasks, ready for a gradient: all of (tasks, samples, …).
+def policy_loss(policy: GaussianHead, params: Params, batch: Batch) -> Tensor:
+    """L(θ) of one task: minus the mean of log π_θ(a|s) A."""
+    log = log_prob(inner.call(policy, params, batch.observations), batch.actions)
+    return -(log * batch.advantages * batch.weights).sum()
+
+
+def adapted(policy: GaussianHead, params: Params, batch: Batch, rate: float, first_order: bool = False) -> Params:
+    """θ' of each task, (tasks, …): one step of vanilla policy gradient from θ on its episodes.
 
     Args:
-        trials: rows of one task follow each other.
-        episodes: which of them.
-        rollouts: rows of a task.
-        sizes: of the environment.
-        discount: γ.
+        policy: gives the network.
+        params: θ.
+        batch: of all tasks.
+        rate: α.
+        first_order: the step's gradient is a constant when θ' is differentiated.
     """
 
-    def __init__(self, trials: Trials, episodes: slice, rollouts: int, sizes: Sizes, discount: float) -> None:
-        tokens, rewards = trials.tokens[:, episodes], trials.rewards[:, episodes]
-        tasks, steps = len(rewards) // rollouts, rewards.shape[2]
-        seen = tokens[..., : sizes.observation].reshape(tasks, -1, steps, sizes.observation)
-        valid = trials.valid[:, episodes].reshape(tasks, -1, steps)
-        weights = valid.cpu().numpy().astype(np.float64)
-        returns = discounted_sums(rewards.reshape(tasks, -1, steps).cpu().numpy(), discount)
-        advantages = returns - linear_baseline(seen.cpu().numpy(), returns, weights)  # GAE with λ = 1
-        count = weights.sum((1, 2), keepdims=True)
-        centred = advantages - (advantages * weights).sum((1, 2), keepdims=True) / count
-        spread = np.sqrt((centred**2 * weights).sum((1, 2), keepdims=True) / count)
-        self.observations = seen.flatten(1, 2)
-        self.actions = trials.actions[:, episodes].reshape(tasks, -1, sizes.action)
-        self.weights = (valid / torch.from_numpy(count).to(valid.device)).flatten(1).float()  # add up to 1
-        found = torch.from_numpy(centred / (spread + 1e-8)).to(seen.device, torch.float32)
-        self.advantages = found.flatten(1)
+    def one(episodes: Batch) -> Params:
+        def loss(of: Params, batch: Batch) -> Tensor:
+            return policy_loss(policy, of, batch)
 
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Observations, actions, advantages, weights."""
-        return self.observations, self.actions, self.advantages, self.weights
+        return inner.adapt(loss, params, [episodes], rate, first_order=first_order, functional=True).params
+
+    found: Params = inner.over_tasks(one, 0, batch)
+    return found
 
 
-def log_likelihood(policy: GaussianHead, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
-    """log π(a|s) of samples (n, …): (n,)."""
-    found: Normal = functional_call(policy, params, (observations,))
-    return found.log_prob(actions).sum(-1)
+def distributions(policy: GaussianHead, params: Params, observations: Tensor) -> Normal:
+    """Of actions (tasks, n, A), each task by its own params (tasks, …) on its observations (tasks, n, S)."""
 
+    def one(params: Params, seen: Tensor) -> tuple[Tensor, Tensor]:
+        found: Normal = inner.call(policy, params, seen)
+        return found.mean, found.stddev
 
-def inner_step(
-    policy: GaussianHead, params: Params, parts: tuple[Tensor, Tensor, Tensor, Tensor], rate: float, first_order: bool
-) -> Params:
-    """θ' of one task: one step of vanilla policy gradient; its gradient is a constant for ``first_order``."""
-
-    def loss(of: Params) -> Tensor:
-        observations, actions, advantages, weights = parts
-        return -(log_likelihood(policy, of, observations, actions) * advantages * weights).sum()
-
-    gradient = grad(loss)(params)
-    if first_order:
-        gradient = {name: value.detach() for name, value in gradient.items()}
-    return {name: value - rate * gradient[name] for name, value in params.items()}
+    return Normal(*inner.over_tasks(one, 0, params, observations), validate_args=False)
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], target: Tensor, steps: int = CG_STEPS) -> Tensor:
-    """x with H x = target, by products with H."""
+    """x with H x = target, from products with the symmetric, positive definite H."""
     x, residual = torch.zeros_like(target), target.clone()
     direction, size = residual.clone(), residual @ residual
     for _ in range(steps):
-        if size < 1e-10:
+        if size < CG_RESIDUAL:
             break
         along = product(direction)
         step = size / (direction @ along)
@@ -130,10 +156,11 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], target: Tensor, step
     return x
 
 
-class MAMLAgent:
+class MAMLAgent(nn.Module):
     """Acts by θ in the first episode of a task; before each later one takes one inner step from θ on all so far.
 
-    The inner step needs actions that vary: this agent's actions are drawn, in tests, too.
+    The inner step needs explored actions: without noise, its gradient says nothing about what other actions would
+    have brought. Actions are therefore drawn, in tests, too (``explores``).
 
     Args:
         policy: with weights θ.
@@ -145,34 +172,26 @@ class MAMLAgent:
     explores = True
 
     def __init__(self, policy: GaussianHead, sizes: Sizes, config: Config, rollouts: int = 1) -> None:
+        super().__init__()
         self.policy, self.sizes, self.config, self.rollouts = policy, sizes, config, rollouts
         self._adapted: Params | None = None
 
     def reset(self, count: int = 1, tasks: Tensor | None = None) -> None:
         self._adapted = None
 
+    @torch.no_grad()
     def new_episode(self, so_far: Trials | None = None) -> None:
         assert so_far is not None
-        batch = Batch(so_far, slice(None), self.rollouts, self.sizes, self.config.inner_discount)
-        params = {name: value.detach() for name, value in self.policy.named_parameters()}
-        step = vmap(
-            lambda *parts: inner_step(self.policy, params, parts, self.config.inner_lr, True)  # type: ignore[arg-type]
-        )
-        self._adapted = {name: value.detach() for name, value in step(*batch.parts).items()}
+        batch = batch_of(so_far, self.rollouts, self.sizes, self.config.inner_discount)
+        self._adapted = adapted(self.policy, inner.parameters(self.policy), batch, self.config.inner_lr)
 
     def step(self, token: Tensor) -> Normal:
         observations = token[:, : self.sizes.observation]
         if self._adapted is None:
             found: Normal = self.policy(observations)
             return found
-        grouped = observations.unflatten(0, (-1, self.rollouts))
-
-        def one(params: Params, seen: Tensor) -> tuple[Tensor, Tensor]:
-            found = functional_call(self.policy, params, (seen,))
-            return found.mean, found.stddev
-
-        mean, std = (part.flatten(0, 1) for part in vmap(one)(self._adapted, grouped))
-        return Normal(mean, std, validate_args=False)
+        found = distributions(self.policy, self._adapted, observations.unflatten(0, (-1, self.rollouts)))
+        return Normal(found.mean.flatten(0, 1), found.stddev.flatten(0, 1), validate_args=False)
 
 
 class MAMLLearner:
@@ -180,7 +199,10 @@ class MAMLLearner:
 
     Args:
         config: what to train.
-        accelerator: of this process. Each process has its own tasks; what is summed over tasks is a mean over all.
+        accelerator: of this process. Each process has its own tasks; what is a mean over tasks is one over all.
+
+    Raises:
+        UserError: tasks that processes cannot share evenly; an environment that is not there.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
@@ -194,7 +216,7 @@ class MAMLLearner:
 
     @property
     def agent(self) -> MAMLAgent:
-        """What acts in tests: an episode of a task at a time."""
+        """What acts in tests: one row a task."""
         return MAMLAgent(self.policy, self.sizes, self.config)
 
     def state(self) -> dict[str, checkpoint.Stateful]:
@@ -206,13 +228,17 @@ class MAMLLearner:
 
         Returns:
             loss (minus the surrogate after the step), kl, accepted (0 or 1), step_fraction, entropy, std, return_1
-            before and return_2 after the inner step, and means of what `info` says.
+            before and return_2 after the inner step (undiscounted, with exploration), and means of what `info` says.
         """
         trials, infos = self.collect(step)
-        config = self.config
-        inner = Batch(trials, slice(0, 1), config.rollouts, self.sizes, config.inner_discount)
-        outer = Batch(trials, slice(1, 2), config.rollouts, self.sizes, config.inner_discount)
-        found = self.outer_step(inner, outer)
+        before, after = (
+            batch_of(
+                Trials(*(part[:, episode : episode + 1] for part in trials[:4]), trials.tasks),
+                self.config.rollouts, self.sizes, self.config.inner_discount,
+            )
+            for episode in (0, 1)
+        )  # fmt: skip
+        found = self.outer_step(before, after)
         std = self.policy.log_std.detach().clamp(min=self.policy.floor).exp()
         returns = self._mean(trials.rewards.sum(-1).mean(0))
         return {
@@ -223,8 +249,8 @@ class MAMLLearner:
     def collect(self, step: int) -> tuple[Trials, dict[str, float]]:
         """Of this process's tasks: rollouts by θ, then as many by each task's θ'."""
         config = self.config
-        count, rows = config.tasks, config.tasks * config.rollouts
-        tasks = self.env.sample_tasks(count, np.random.default_rng([config.seed, step, TASKS]), "train")
+        rows = config.tasks * config.rollouts
+        tasks = self.env.sample_tasks(config.tasks, np.random.default_rng([config.seed, step, TASKS]), "train")
         begin = starts(config.seed, step, STARTS, episodes=2, count=rows)
         noise = standard_normal(config.seed, step, NOISE, shape=(2, config.horizon, rows, self.sizes.action))
         mine = slice(self.mine.start * config.rollouts, self.mine.stop * config.rollouts)
@@ -235,72 +261,68 @@ class MAMLLearner:
         )  # fmt: skip
         valid = found.valid.cpu().numpy()
         means = {name: float(np.nanmean(value[valid])) for name, value in infos.items() if np.isfinite(value).any()}
-        if means:
-            numbers = self._mean(torch.tensor(list(means.values()), device=self.accelerator.device))
-            means = dict(zip(means, numbers.tolist(), strict=True))
-        return found, means
+        if self.accelerator.num_processes == 1 or not means:
+            return found, means
+        numbers = self._mean(torch.tensor(list(means.values()), device=self.accelerator.device))
+        return found, dict(zip(means, numbers.tolist(), strict=True))
 
     # ---- the trust region
 
-    def outer_step(self, inner: Batch, outer: Batch) -> dict[str, Any]:
-        """Move θ as far as the trust region allows in the natural gradient's direction; or not at all."""
-        objective, divergence = self.functions(inner, outer)
+    def outer_step(self, before: Batch, after: Batch) -> dict[str, Any]:
+        """Move θ along the natural gradient, as far as the trust region allows and the surrogate grows; or not at all.
+
+        Args:
+            before, after: this process's episodes before and after the inner step.
+
+        Returns:
+            loss, kl, accepted, step_fraction.
+        """
+        surrogate, divergence = self.functions(before, after)
         start = self.flat()
-        gradient, before = self._gradient(objective, start)
-        if not gradient.any():
-            return {"loss": -before, "kl": before.new_zeros(()), "accepted": 0.0, "step_fraction": 0.0}
+        gradient, value = map(self._mean, grad_and_value(surrogate)(start))
+        _, pull = vjp(grad(divergence), start)  # the Hessian is symmetric: one graph serves all products with it
 
         def product(vector: Tensor) -> Tensor:
-            return self._mean(jvp(grad(divergence), (start,), (vector,))[1]) + CG_DAMPING * vector
+            return self._mean(pull(vector)[0]) + CG_DAMPING * vector
 
         direction = conjugate_gradient(product, gradient)
         curvature = direction @ product(direction)
-        length = (2 * self.config.max_kl / curvature.clamp(min=1e-12)).sqrt()
-        for tried in range(BACKTRACKS):
-            fraction = BACKTRACK**tried
-            new = start + fraction * length * direction
+        # no gradient, no direction: nothing is better than the start then, and the step is refused
+        whole = (2 * self.config.max_kl / curvature.clamp(min=1e-12)).sqrt() * direction
+        for fraction in BACKTRACK ** np.arange(BACKTRACKS):
+            new = start + float(fraction) * whole
             with torch.no_grad():
-                value, moved = self._mean(torch.stack([objective(new), divergence(new)]))
-            if value > before and moved <= self.config.max_kl:
-                self._set(new)
-                return {"loss": -value, "kl": moved, "accepted": 1.0, "step_fraction": fraction}
-        return {"loss": -before, "kl": before.new_zeros(()), "accepted": 0.0, "step_fraction": 0.0}
+                reached, moved = self._mean(torch.stack([surrogate(new), divergence(new)]))
+            if reached > value and moved <= self.config.max_kl:
+                self.set_flat(new)
+                return {"loss": -reached, "kl": moved, "accepted": 1.0, "step_fraction": float(fraction)}
+        return {"loss": -value, "kl": torch.zeros_like(value), "accepted": 0.0, "step_fraction": 0.0}
 
-    def functions(self, inner: Batch, outer: Batch) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """Surrogate and KL divergence, means over this process's tasks, as functions of θ as one vector."""
+    def functions(self, before: Batch, after: Batch) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """Surrogate and KL divergence KL(π_{θ'_old} ‖ π_{θ'}), as functions of θ as one vector.
+
+        Both are means over samples, then over this process's tasks, and go through the inner step.
+        """
         config, policy = self.config, self.policy
 
-        def adapted(flat: Tensor) -> Params:
-            params = self._shaped(flat)
-            return vmap(  # type: ignore[no-any-return]
-                lambda *parts: inner_step(policy, params, parts, config.inner_lr, config.first_order)  # type: ignore[arg-type]
-            )(*inner.parts)
-
-        def distribution(params: Params, seen: Tensor) -> tuple[Tensor, Tensor]:
-            found = functional_call(policy, params, (seen,))
-            return found.mean, found.stddev
+        def acting(flat: Tensor) -> Normal:
+            params = adapted(policy, self._shaped(flat), before, config.inner_lr, config.first_order)
+            return distributions(policy, params, after.observations)
 
         with torch.no_grad():
-            old = adapted(self.flat())
-            old_mean, old_std = vmap(distribution)(old, outer.observations)
-            old_log = Normal(old_mean, old_std, validate_args=False).log_prob(outer.actions).sum(-1)
+            old = acting(self.flat())
+            log_old = log_prob(old, after.actions)
+
+        def mean(samples: Tensor) -> Tensor:
+            return (samples * after.weights).sum(1).mean()
 
         def surrogate(flat: Tensor) -> Tensor:
-            mean, std = vmap(distribution)(adapted(flat), outer.observations)
-            log = Normal(mean, std, validate_args=False).log_prob(outer.actions).sum(-1)
-            return ((log - old_log).exp() * outer.advantages * outer.weights).sum(1).mean()
+            return mean((log_prob(acting(flat), after.actions) - log_old).exp() * after.advantages)
 
         def divergence(flat: Tensor) -> Tensor:
-            mean, std = vmap(distribution)(adapted(flat), outer.observations)
-            before = Normal(old_mean, old_std, validate_args=False)
-            found = kl_divergence(before, Normal(mean, std, validate_args=False)).sum(-1)
-            return (found * outer.weights).sum(1).mean()
+            return mean(kl_divergence(old, acting(flat)).sum(-1))
 
         return surrogate, divergence
-
-    def _gradient(self, function: Callable[[Tensor], Tensor], flat: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, value = torch.func.grad_and_value(function)(flat)
-        return self._mean(gradient), self._mean(value)
 
     def _mean(self, value: Tensor) -> Tensor:
         """Over processes, each with as many tasks."""
@@ -311,15 +333,15 @@ class MAMLLearner:
 
     def flat(self) -> Tensor:
         """θ as one vector."""
-        return torch.cat([value.detach().flatten() for value in self.policy.parameters()])
+        return nn.utils.parameters_to_vector(value.detach() for value in self.policy.parameters())
+
+    @torch.no_grad()
+    def set_flat(self, flat: Tensor) -> None:
+        """Take θ from one vector."""
+        nn.utils.vector_to_parameters(flat, self.policy.parameters())
 
     def _shaped(self, flat: Tensor) -> Params:
         parts = flat.split([value.numel() for value in self.policy.parameters()])
         return {
             name: part.view_as(value) for (name, value), part in zip(self.policy.named_parameters(), parts, strict=True)
         }
-
-    @torch.no_grad()
-    def _set(self, flat: Tensor) -> None:
-        for name, value in self.policy.named_parameters():
-            value.copy_(self._shaped(flat)[name])
