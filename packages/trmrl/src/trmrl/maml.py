@@ -41,20 +41,22 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
-def batch_of(trials: Trials, rollouts: int, sizes: Sizes, discount: float) -> Batch:
-    """All episodes of trials, with advantages over the linear baseline (GAE with λ = 1), standardised for each task.
+def batch_of(trials: Trials, rollouts: int, sizes: Sizes, discount: float, episodes: slice = slice(None)) -> Batch:
+    """Episodes of trials, with advantages over the linear baseline (GAE with λ = 1), standardised for each task.
 
     Args:
         trials: rows of one task follow each other.
         rollouts: rows of a task.
         sizes: of the environment.
         discount: γ.
+        episodes: which of each row [default: all].
     """
-    steps = trials.rewards.shape[2]
+    valid, steps = trials.valid[:, episodes], trials.rewards.shape[2]
 
     def by_task(part: Tensor) -> Tensor:  # (tasks, episodes, T, …), zeros where nothing counts: NaN · 0 would be NaN
-        valid = trials.valid.reshape(*trials.valid.shape, *[1] * (part.dim() - 3))
-        return part.where(valid, torch.zeros_like(part)).reshape(-1, rollouts * part.shape[1], *part.shape[2:])
+        part = part[:, episodes]
+        kept = part.where(valid.reshape(*valid.shape, *[1] * (part.dim() - 3)), torch.zeros_like(part))
+        return kept.reshape(-1, rollouts * part.shape[1], *part.shape[2:])
 
     seen = by_task(trials.tokens[..., : sizes.observation])
     actions, rewards = by_task(trials.actions), by_task(trials.rewards).cpu().numpy()
@@ -138,7 +140,14 @@ def distributions(policy: GaussianHead, params: Params, observations: Tensor) ->
         found: Normal = inner.call(policy, params, seen)
         return found.mean, found.stddev
 
-    return Normal(*inner.over_tasks(one, 0, params, observations), validate_args=False)
+    mean, std = inner.over_tasks(one, 0, params, observations)
+    return Normal(mean, std, validate_args=False)
+
+
+def hessian_of(function: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[Tensor], Tensor]:
+    """Products of a function's Hessian with vectors. As it is symmetric, one graph, run backwards, serves them all."""
+    _, pull, *_ = vjp(grad(function), at)
+    return lambda vector: pull(vector)[0]
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], target: Tensor, steps: int = CG_STEPS) -> Tensor:
@@ -190,7 +199,9 @@ class MAMLAgent(nn.Module):
         if self._adapted is None:
             found: Normal = self.policy(observations)
             return found
-        found = distributions(self.policy, self._adapted, observations.unflatten(0, (-1, self.rollouts)))
+        found = distributions(
+            self.policy, self._adapted, observations.reshape(-1, self.rollouts, self.sizes.observation)
+        )
         return Normal(found.mean.flatten(0, 1), found.stddev.flatten(0, 1), validate_args=False)
 
 
@@ -213,6 +224,9 @@ class MAMLLearner:
         torch.manual_seed(config.seed)
         widths = [self.sizes.observation, *config.head_hidden, self.sizes.action]
         self.policy = GaussianHead(widths, config.output_gain, config.init_std).to(accelerator.device)
+        # conjugate gradients divide rounding errors by the damping: in float32 it shows in the step's third digit
+        # (MPS has no float64)
+        self.dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
 
     @property
     def agent(self) -> MAMLAgent:
@@ -232,12 +246,9 @@ class MAMLLearner:
         """
         trials, infos = self.collect(step)
         before, after = (
-            batch_of(
-                Trials(*(part[:, episode : episode + 1] for part in trials[:4]), trials.tasks),
-                self.config.rollouts, self.sizes, self.config.inner_discount,
-            )
+            batch_of(trials, self.config.rollouts, self.sizes, self.config.inner_discount, slice(episode, episode + 1))
             for episode in (0, 1)
-        )  # fmt: skip
+        )
         found = self.outer_step(before, after)
         std = self.policy.log_std.detach().clamp(min=self.policy.floor).exp()
         returns = self._mean(trials.rewards.sum(-1).mean(0))
@@ -279,11 +290,11 @@ class MAMLLearner:
         """
         surrogate, divergence = self.functions(before, after)
         start = self.flat()
-        gradient, value = map(self._mean, grad_and_value(surrogate)(start))
-        _, pull = vjp(grad(divergence), start)  # the Hessian is symmetric: one graph serves all products with it
+        gradient, value = (self._mean(part) for part in grad_and_value(surrogate)(start))
+        hessian = hessian_of(divergence, start)
 
         def product(vector: Tensor) -> Tensor:
-            return self._mean(pull(vector)[0]) + CG_DAMPING * vector
+            return self._mean(hessian(vector)) + CG_DAMPING * vector
 
         direction = conjugate_gradient(product, gradient)
         curvature = direction @ product(direction)
@@ -304,6 +315,7 @@ class MAMLLearner:
         Both are means over samples, then over this process's tasks, and go through the inner step.
         """
         config, policy = self.config, self.policy
+        before, after = (Batch(*(part.to(self.dtype) for part in batch)) for batch in (before, after))
 
         def acting(flat: Tensor) -> Normal:
             params = adapted(policy, self._shaped(flat), before, config.inner_lr, config.first_order)
@@ -332,16 +344,18 @@ class MAMLLearner:
         return found
 
     def flat(self) -> Tensor:
-        """θ as one vector."""
-        return nn.utils.parameters_to_vector(value.detach() for value in self.policy.parameters())
+        """θ as one vector, in the outer step's precision."""
+        return torch.cat([value.detach().flatten() for value in self.policy.parameters()]).to(self.dtype)
 
     @torch.no_grad()
     def set_flat(self, flat: Tensor) -> None:
         """Take θ from one vector."""
-        nn.utils.vector_to_parameters(flat, self.policy.parameters())
+        shaped = self._shaped(flat)
+        for name, value in self.policy.named_parameters():
+            value.copy_(shaped[name])
 
     def _shaped(self, flat: Tensor) -> Params:
-        parts = flat.split([value.numel() for value in self.policy.parameters()])
+        parts = torch.split(flat, [value.numel() for value in self.policy.parameters()])
         return {
             name: part.view_as(value) for (name, value), part in zip(self.policy.named_parameters(), parts, strict=True)
         }
