@@ -151,15 +151,24 @@ def hessian_of(function: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[Te
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], target: Tensor, steps: int = CG_STEPS) -> Tensor:
-    """x with H x = target, from products with the symmetric, positive definite H."""
+    """x with H x = target, from products with the symmetric, positive definite H.
+
+    Residuals are made orthogonal to all earlier ones, which they are but for rounding. Else rounding brings large
+    eigenvalues in again after a few steps, and on a nearly singular H the last steps are made of little else.
+    """
     x, residual = torch.zeros_like(target), target.clone()
     direction, size = residual.clone(), residual @ residual
+    units: list[Tensor] = []
     for _ in range(steps):
         if size < CG_RESIDUAL:
             break
+        units.append(residual / size.sqrt())
         along = product(direction)
         step = size / (direction @ along)
         x, residual = x + step * direction, residual - step * along
+        basis = torch.stack(units)
+        for _ in range(2):  # once leaves what the subtraction itself rounds
+            residual = residual - basis.T @ (basis @ residual)
         size, before = residual @ residual, size
         direction = residual + size / before * direction
     return x
@@ -224,8 +233,8 @@ class MAMLLearner:
         torch.manual_seed(config.seed)
         widths = [self.sizes.observation, *config.head_hidden, self.sizes.action]
         self.policy = GaussianHead(widths, config.output_gain, config.init_std).to(accelerator.device)
-        # conjugate gradients divide rounding errors by the damping: in float32 it shows in the step's third digit
-        # (MPS has no float64)
+        # conjugate gradients make much of rounding on a nearly singular matrix: of ten steps in float32, the last ones
+        # are noise (MPS has no float64)
         self.dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
 
     @property
