@@ -127,18 +127,6 @@ for _arm, _changed in {
     "rl2": {"lr": 3e-3, "value_lr": 3e-3}, "maml": {"inner_lr": 0.3}, "pearl": {"sac_lr": 1e-3, "reward_scale": 100.0},
 }.items():  # fmt: skip
     _ARMS["small"][_arm] = replace(_ARMS["small"][_arm], **_changed)  # type: ignore[arg-type]
-_DEEP = {
-    "small": replace(_SMALL, layers=8, tasks=20, updates=60, decay_from=30, decay_to=59),
-    "paper": replace(_PAPER, layers=8),
-}
-_DEEP_ARMS = {
-    scale: {
-        "tfixup-8": base,
-        "xavier-8": replace(base, init="xavier"),
-        "layernorm-8": replace(base, init="xavier", norm="post"),
-    }
-    for scale, base in _DEEP.items()
-}
 _WINDOW_ARMS = {
     scale: {
         "k-5": base,
@@ -151,7 +139,7 @@ _WINDOW_ARMS = {
 _GROWTH = Config(d_model=64, heads=4, d_ff=256, window=5)
 _GROWTH_ARMS = {init: replace(_GROWTH, init=init) for init in ("tfixup", "xavier")}  # type: ignore[arg-type]
 # Besides, 9 pilots of TrMRL and one of RL² at seed 100 found updates, clipping and decay for all arms.
-_TRIALS = {"trmrl": 3, "rl2": 3, "memoryless": 0, "varibad": 3, "maml": 3, "pearl": 7}
+_TRIALS = {"trmrl": 3, "rl2": 3, "memoryless": 0, "maml": 3, "pearl": 7}
 _ALSO = ("episode_2", "best_episode", "ood_episode_1", "seconds_of_training")
 
 
@@ -165,15 +153,6 @@ def _against(name: str, baseline: str, **more: Any) -> Claim:
     return Claim(
         name=name, version=1, measure=measure, seeds=5, arms=_only(_ARMS, *arms), treatment="trmrl", baseline=baseline,
         tuning={arm: _TRIALS[arm] for arm in arms}, **{"metric": "episode_1", "also": _ALSO, "chance": 0.0, **more},
-    )  # fmt: skip
-
-
-def _deep(name: str, treatment: str, baseline: str | None, **more: Any) -> Claim:
-    arms = tuple(filter(None, (treatment, baseline)))
-    return Claim(
-        name=name, version=1, measure=measure, seeds=5, arms=_only(_DEEP_ARMS, *arms), treatment=treatment,
-        baseline=baseline, metric="episode_1", tuning=dict.fromkeys(arms, 0), also=("episode_2", "seconds_of_training"),
-        chance=0.0, **more,
     )  # fmt: skip
 
 
@@ -234,10 +213,6 @@ CLAIMS = (
         paper="true on two of three sets, PEARL overtakes on HalfCheetahDir; " + _PLOTS,
     ),
     _against(
-        "over-varibad", "varibad", margin=0.0, source="not in the paper's plots",
-        statement="In the first episode TrMRL is above VariBAD", paper="discussed, not compared",
-    ),
-    _against(
         "ood-over-rl2", "rl2", metric="ood_episode_1", also=("episode_1", "ood_episode_2"), margin=0.0,
         source="Section 5, out-of-distribution tasks",
         statement="On tasks out of the training distribution (the other half-circle) TrMRL is above RL²",
@@ -262,16 +237,6 @@ CLAIMS = (
     _window(
         "five-over-two", "k-5", "k-2", margin=0.0, source="Section 5, ablation of the window",
         statement="K = 5 is above K = 2", paper="longer windows are better up to a point; " + _PLOTS,
-    ),
-    _deep(
-        "tfixup-over-xavier", "tfixup-8", "xavier-8", margin=0.3, source="Section 4.4; Section 5, ablation of T-Fixup",
-        statement="Eight layers without LayerNorm learn by T-Fixup and not by plain Xavier: S is 0.3 higher",
-        paper="without T-Fixup training is unstable or fails; " + _PLOTS,
-    ),
-    _deep(
-        "tfixup-over-layernorm", "tfixup-8", "layernorm-8", margin=0.0, source="Section 4.4",
-        statement="Eight layers with T-Fixup are above eight with LayerNorm",
-        paper="LayerNorm transformers are unstable in RL; " + _PLOTS,
     ),
     _growth(
         "tfixup-growth", "tfixup", metric="worst", margin=1.125, tolerance=0.125, source="Section 4.4",
@@ -337,8 +302,6 @@ def plot(folder: Path, scale: str) -> None:
         )  # fmt: skip
     if found := values("episode_1", *_WINDOW_ARMS[scale]):
         plots.by_arm(found, folder / f"{scale}-window.png", label, levels)
-    if found := values("episode_1", *_DEEP_ARMS[scale]):
-        plots.by_arm(found, folder / f"{scale}-depth.png", label + ", eight layers", levels)
     growth = {arm: [np.mean(values(f"growth_{n}", arm)[arm]) for n in DEPTHS] for arm in _GROWTH_ARMS if arm in cells}
     if growth:
         plots.depths(growth, folder / f"{scale}-growth.png")
