@@ -6,7 +6,6 @@ import functools
 from typing import Any, ClassVar
 
 import gymnasium as gym
-import metaworld
 import numpy as np
 from gymnasium import spaces
 from metazoo.errors import UserError
@@ -17,6 +16,8 @@ from trmrl.env import Array, Split
 @functools.cache
 def _benchmark(benchmark: str, name: str, seed: int) -> Any:
     """Classes and goals of a benchmark, which take seconds to make: many environments share them."""
+    import metaworld
+
     if benchmark != "ML1":
         return getattr(metaworld, benchmark)(seed=seed)
     if f"{name}-v3" not in metaworld.ML1.ENV_NAMES:

@@ -8,14 +8,31 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
-import mujoco
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.mujoco.ant_v5 import AntEnv
-from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
-from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
+from metazoo.errors import UserError
 
 from trmrl.env import Array, Split, TaskVectorEnv
+
+try:
+    import mujoco
+    from gymnasium.envs.mujoco.ant_v5 import AntEnv
+    from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
+    from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
+except ImportError as _error:
+    _WHY = str(_error)
+
+    class _Missing(gym.Env):
+        """Stands where gymnasium's environments would be, so that this module can be imported without MuJoCo."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            raise UserError(
+                f"MuJoCo's environments cannot be made ({_WHY}): pip install 'metazoo-trmrl[mujoco]' (in the "
+                "repository: uv pip install './packages/trmrl[mujoco]')"
+            )
+
+    AntEnv = HalfCheetahEnv = HumanoidEnv = _Missing  # type: ignore[misc, assignment]
 
 Outcome = tuple[Array, Array, dict[str, Array]]
 
