@@ -285,6 +285,7 @@ _META_WORLD = Config(
 
 PRESETS: dict[str, Config] = {
     "small": Config(normalize_advantages=True, max_grad_norm=0.5, updates=100, decay_from=40, decay_to=99),
+    "paper": _CHEETAH_VEL,
     "medium": replace(
         _CHEETAH_VEL,
         d_model=32,
@@ -301,7 +302,6 @@ PRESETS: dict[str, Config] = {
         normalize_advantages=True,
         max_grad_norm=0.5,
     ),
-    "paper": _CHEETAH_VEL,
     "paper-cheetah-dir": _CHEETAH_DIR,
     "paper-ant-dir": replace(
         _CHEETAH_DIR, env="trmrl/AntDir-v5", discount=0.92, decay_from=500, decay_to=3500, output_gain=0.01
