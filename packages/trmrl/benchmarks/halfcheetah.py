@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/halfcheetah"))
     parser.add_argument("--output", type=Path, default=Path("results"))
     args = parser.parse_args()
-    base = replace(PRESETS["medium"], updates=args.updates)
+    base = replace(
+        PRESETS["medium"], updates=args.updates, decay_from=2 * args.updates // 3, decay_to=args.updates - 1
+    )  # fmt: skip
     asked = [(arm, replace(arms_of(base)[arm], seed=seed)) for seed in args.seeds for arm in args.arms or ARMS]
     rows = Parallel(n_jobs=args.jobs)(
         delayed(run)(arm, config, args.runs / f"{arm}-{config.seed}") for arm, config in asked
