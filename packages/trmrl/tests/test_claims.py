@@ -118,7 +118,7 @@ def test_measure(arm: str) -> None:
     wanted = {name for claim in mine for name in (claim.metric, *claim.also)}
     config = lean(claims._ARMS["small"][arm])
     found = claims.measure(config, 1)
-    assert mine
+    assert mine or arm in ("oracle", "varibad")  # which benchmarks use, and no claim yet
     assert wanted <= set(found)
     assert found == json.loads(json.dumps(found, default=float))
     assert found["best_episode"] == max(found[f"episode_{i}"] for i in (2, 3, 4))
@@ -198,14 +198,7 @@ def test_risk() -> None:
 def cells(folder: Path, scale: str, changes: dict[str, Any] | None = None) -> None:
     """Two seeds of each arm of all claims, written by hand."""
     (folder / "cells").mkdir(parents=True)
-    names = (
-        "episode_1",
-        "episode_2",
-        "best_episode",
-        "ood_episode_1",
-        "worst",
-        *(f"growth_{n}" for n in claims.DEPTHS),
-    )
+    names = "episode_1", "episode_2", "best_episode", "ood_episode_1", "worst", *(f"growth_{n}" for n in claims.DEPTHS)
     for claim in claims.CLAIMS:
         for arm, config in arms(claim, scale).items():
             for seed in range(2):
@@ -220,7 +213,7 @@ def cells(folder: Path, scale: str, changes: dict[str, Any] | None = None) -> No
                 (folder / "cells" / f"{claim.name}-{arm}-{seed}.json").write_text(json.dumps(cell))
 
 
-PICTURES = ("first-episode", "adapted", "ood", "training", "window", "depth", "growth")
+PICTURES = ("first-episode", "adapted", "ood", "training", "window", "growth")
 
 
 @SCALES
