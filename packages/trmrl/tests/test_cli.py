@@ -246,7 +246,7 @@ def test_info(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[list[str], str]] = [
-    (["train", "huge"], "unknown preset 'huge': one of small, medium, paper"),
+    (["train", "huge"], "unknown preset 'huge': one of small, paper, medium"),
     (["train", "small", "--depth", "3"], "--depth"),
     (["train", "small", "--algo", "dqn"], "dqn"),
     (["train", "small", "--updates", "many"], "many"),

@@ -164,7 +164,7 @@ class Config:
             self, horizon=1, episodes=1, tasks=1, threads=1, window=1, d_model=1, heads=1, layers=1, d_ff=1, updates=0,
             passes=1, minibatch=1, entropy=0, weight_decay=0, max_grad_norm=0, decay_from=0, decay_to=0, rollouts=1,
             latent=1, kl_weight=0, vae_steps=0, vae_trials=1, sac_steps=0, sac_tasks=1, sac_batch=1, context=1,
-            train_tasks=1, sac_hidden=1, output_gain=0,
+            train_tasks=1, sac_hidden=1, output_gain=0, seed=0,
         )  # fmt: skip
         _above_zero(
             self, "lr", "value_lr", "clip", "init_std", "inner_lr", "max_kl", "vae_lr", "sac_lr", "reward_scale"

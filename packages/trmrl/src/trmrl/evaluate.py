@@ -40,7 +40,7 @@ class Adaptation:
 
 def evaluate_adaptation(
     agent: Agent, env: TaskVectorEnv, *, episodes: int, horizon: int, split: Split = "test", stochastic: bool = False,
-    seed: int = 1000, tasks: Array | None = None, device: torch.device | str = "cpu",
+    seed: int = 1000, tasks: Array | None = None, device: torch.device | str | None = None,
 ) -> Adaptation:  # fmt: skip
     """Let an agent act for several episodes on each of env's tasks, its weights frozen.
 
@@ -52,9 +52,10 @@ def evaluate_adaptation(
         stochastic: draw actions. An agent that must explore to adapt (MAML's) always does.
         seed: of tasks, starts and actions.
         tasks: (env.num_envs, k) instead of drawn ones.
-        device: of the agent.
+        device: of the agent [default: where its weights are].
     """
     count = env.num_envs
+    device = _device(agent) if device is None else device
     if tasks is None:
         tasks = env.sample_tasks(count, np.random.default_rng([seed, 0]), split)
     noise = None
