@@ -6,6 +6,7 @@ An environment for meta-learning is a `gymnasium.Env` with two more methods (:cl
 
 from __future__ import annotations
 
+import abc
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -53,9 +54,9 @@ class TaskVectorEnv(VectorEnv):
         self.action_space = batch_space(action_space, num_envs)
         self.tasks: Array = np.zeros((num_envs, 0))
 
+    @abc.abstractmethod
     def sample_tasks(self, count: int, rng: np.random.Generator, split: Split = "train") -> Array:
         """Tasks (count, task size)."""
-        raise NotImplementedError
 
     def set_tasks(self, tasks: Array) -> None:
         """Take tasks (num_envs, task size), from the next reset on."""

@@ -6,6 +6,7 @@ while episodes run, and :meth:`Policy.forward` on the stored trials while it is 
 
 from __future__ import annotations
 
+import abc
 import itertools
 import math
 from collections.abc import Sequence
@@ -139,23 +140,23 @@ class Trials(NamedTuple):
         return self.rewards.shape[1] * self.rewards.shape[2]
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, abc.ABC):
     """What PPO trains. Samples are steps, numbered trial by trial, episode by episode."""
 
     head: GaussianHead
     by_trial = False
     """Whether a gradient step takes whole trials."""
 
+    @abc.abstractmethod
     def reset(self, count: int = 1, tasks: Tensor | None = None) -> None:
         """Begin ``count`` trials."""
-        raise NotImplementedError
 
     def new_episode(self, so_far: Trials | None = None) -> None:
         """Begin the next episode of each trial; ``so_far`` holds those before it."""
 
+    @abc.abstractmethod
     def memory(self, token: Tensor) -> Tensor:
         """Take the newest tokens (count, D); what the head sees (count, …)."""
-        raise NotImplementedError
 
     def step(self, token: Tensor) -> Normal:
         """Take the newest tokens (count, D); the distribution of actions (count, A)."""
@@ -168,9 +169,9 @@ class Policy(nn.Module):
         action = found.mean if deterministic else found.sample()
         return action.reshape(*token.shape[:-1], -1)
 
+    @abc.abstractmethod
     def features(self, trials: Trials, index: Tensor) -> Tensor:
         """What the head sees at samples ``index`` (M,): (M, …)."""
-        raise NotImplementedError
 
     def forward(self, trials: Trials, index: Tensor) -> Normal:
         """The distributions at samples ``index`` (M,): (M, A)."""

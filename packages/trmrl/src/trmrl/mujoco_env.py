@@ -5,6 +5,7 @@ One environment and many at once share the formulas (:meth:`outcome`), written f
 
 from __future__ import annotations
 
+import abc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -56,19 +57,20 @@ class MujocoTasks:
         self.set_task(np.array([self.first_task]))
 
     @staticmethod
+    @abc.abstractmethod
     def sample_tasks(count: int, rng: np.random.Generator, split: Split = "train") -> Array:
         """Tasks (count, 1)."""
-        raise NotImplementedError
 
     def set_task(self, task: Array) -> None:
         """Take a task (1,)."""
         self.task = np.asarray(task, dtype=np.float64)
 
+    @abc.abstractmethod
     def measures(self) -> Array:
         """What the reward is made of, from the state as it is now."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def outcome(before: Array, after: Array, action: Array, task: Array, dt: float) -> Outcome:
         """Rewards (n,), whether the episode has ended (n,), and figures of interest (n,), of n environments.
 
@@ -78,7 +80,6 @@ class MujocoTasks:
             task: (n, 1).
             dt: seconds of a step.
         """
-        raise NotImplementedError
 
     def advance(self, action: Array) -> None:
         """Simulate one step."""
@@ -102,8 +103,8 @@ class MujocoTasks:
         found = {name: float(value[0]) for name, value in info.items()}
         return self._get_obs(), float(reward[0]), bool(ended[0]), False, found
 
-    def _get_obs(self) -> Array:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _get_obs(self) -> Array: ...
 
     def draw(self, size: int = 240) -> Array:
         """A picture (size, size, 3) of the bodies' outlines, without a graphics library."""
