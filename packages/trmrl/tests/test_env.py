@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -17,8 +19,8 @@ from gymnasium.utils.env_checker import check_env
 from metazoo.errors import UserError
 from torch import Tensor
 from torch.distributions import Normal
-from trmrl import mujoco_env
-from trmrl.collect import collect, standard_normal, starts
+from trmrl import metaworld_env, mujoco_env, references
+from trmrl.collect import collect, means_of, on_all, standard_normal, starts
 from trmrl.env import PointRobotEnv, PointRobotVectorEnv, RL2Wrapper, SyncTaskVectorEnv, make, make_vector, seeds_of
 from trmrl.model import Trials, TrMRLPolicy
 from trmrl.mujoco_env import (
@@ -173,7 +175,7 @@ def test_point_robot_vector_keeps_what_it_gave() -> None:
 @pytest.mark.parametrize(
     ("env", "train", "ood"),
     [
-        (PointRobotEnv, (0, math.pi), (math.pi, 2 * math.pi)),
+        (PointRobotEnv, (0, math.pi), (-math.pi / 3, 4 * math.pi / 3)),
         (HalfCheetahVelEnv, (0, 3), (3, 4)),
         (AntVelEnv, (0, 3), (3, 4)),
         (HumanoidDirEnv, (0, 2 * math.pi), (0, 2 * math.pi)),
@@ -187,6 +189,67 @@ def test_ranges_of_tasks(env: Any, train: tuple[float, float], ood: tuple[float,
         assert high - 0.01 * (high - low) < tasks.max() <= high
         assert tasks.mean() == pytest.approx((low + high) / 2, abs=0.03 * (high - low))
         assert np.array_equal(tasks, env.sample_tasks(2000, np.random.default_rng(3), split))
+
+
+def test_goals_beside_the_half_circle() -> None:
+    """Out of distribution, and next to it: as many on either side."""
+    tasks = PointRobotEnv.sample_tasks(2000, np.random.default_rng(3), "ood")
+    assert not ((tasks > 0) & (tasks < math.pi)).any()
+    assert 900 < (tasks < 0).sum() < 1100
+    goals = references.goals("ood")
+    assert goals.shape == references.goals().shape == (64, 1)
+    assert not ((goals >= 0) & (goals <= math.pi)).any()
+    assert goals.min() == pytest.approx(-math.pi / 3)
+    assert goals.max() == pytest.approx(4 * math.pi / 3)
+    assert (goals < 0).sum() == 32
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [np.zeros(2), np.zeros((3, 1)), np.zeros((2, 0)), np.full((2, 1), np.nan), [["a"], ["b"]], [[0], [1, 2]], None],
+    ids=["flat", "too-many", "empty", "nan", "words", "ragged", "none"],
+)
+def test_tasks_are_rows_of_numbers(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "sample_tasks", lambda self, count, rng, split: tasks)
+    vector = make_vector(SCRIPTED, 2)
+    with pytest.raises(UserError, match=r"sample_tasks\(2, rng, 'train'\) gave .*: give an array \(2, task size\)"):
+        vector.sample_tasks(2, np.random.default_rng(0))
+
+
+class Arm:
+    """Stands for a class of Meta-World."""
+
+    made: ClassVar[list[str]] = []
+    observation_space, action_space = spaces.Box(-1, 1, (39,)), spaces.Box(-1, 1, (4,))
+    _partially_observable = True
+
+    def __init__(self, name: str) -> None:
+        self.made.append(name)
+
+    def set_task(self, task: Any) -> None:
+        self.task = task
+
+
+def test_meta_world_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes come up equally often, goals of a class once before any comes again, and simulations are shared."""
+    names = [f"c{i}" for i in range(5)]
+    classes = {name: functools.partial(Arm, name) for name in names}
+    tasks = [SimpleNamespace(env_name=name, number=i) for name in names for i in range(4)]
+    made = SimpleNamespace(train_classes=classes, test_classes=classes, train_tasks=tasks, test_tasks=tasks)
+    monkeypatch.setattr(metaworld_env, "_benchmark", lambda *_: made)
+    monkeypatch.setattr(metaworld_env, "_IDLE", defaultdict(list))
+    env = metaworld_env.MetaWorldEnv("ML10")
+    for split, first in (("train", 0), ("test", 5)):
+        drawn = env.sample_tasks(12, np.random.default_rng(0), split)  # type: ignore[arg-type]
+        counts = np.bincount(drawn[:, 0].astype(int) - first, minlength=5)
+        assert sorted(counts) == [2, 2, 2, 3, 3]
+        assert len({tuple(row) for row in drawn.tolist()}) == 12
+    several = [env, *(metaworld_env.MetaWorldEnv("ML10") for _ in range(4))]
+    for seed in range(20):
+        for one, task in zip(several, env.sample_tasks(5, np.random.default_rng(seed)), strict=True):
+            one.set_task(task)
+            assert (one._name, one._env.task.number) == (names[int(task[0])], task[1])
+    assert max(Arm.made.count(name) for name in names[1:]) <= 3  # c0 is where each begins
 
 
 @pytest.mark.parametrize(
@@ -464,6 +527,42 @@ def test_trials_with_early_ends() -> None:
     assert infos["success"][1, :, :2].tolist() == [[0, 1]] * 2
     shown = torch.stack(agent.tokens, 1).reshape(3, 2, 5, 7)
     assert torch.equal(shown, trials.tokens)
+
+
+class Two:
+    """Of two processes the one that runs here; ``other`` is what the other one brings to a sum."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, other: Any) -> None:
+        self.other = torch.as_tensor(other, dtype=torch.float32)
+
+    def reduce(self, value: Tensor, reduction: str) -> Tensor:
+        assert reduction == "sum"
+        return value + self.other
+
+
+def test_a_failure_is_everybodys() -> None:
+    """Nobody waits for a process that has failed."""
+
+    def broken() -> int:
+        raise UserError("NaN here")
+
+    assert on_all(Two(0.0), lambda: 3) == 3  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="another process failed"):
+        on_all(Two(1.0), lambda: 3)  # type: ignore[arg-type]
+    for other in (0.0, 1.0):
+        with pytest.raises(UserError, match="NaN here"):
+            on_all(Two(other), broken)  # type: ignore[arg-type]
+
+
+def test_means_over_processes() -> None:
+    """Of all that was said at valid steps, however much each process has of it."""
+    infos = {"error": np.array([[[1.0, 2.0, 9.0]]]), "success": np.full((1, 1, 3), np.nan)}
+    valid = np.array([[[True, True, False]]])
+    assert means_of(infos, valid, SimpleNamespace(num_processes=1)) == {"error": 1.5}  # type: ignore[arg-type]
+    assert means_of(infos, valid, Two([[6.0, 1.0], [1.0, 2.0]])) == {"error": 3.0, "success": 0.5}  # type: ignore[arg-type]
+    assert means_of({}, valid, Two(0.0)) == {}  # type: ignore[arg-type]
 
 
 def test_agents_are_told_of_episodes() -> None:

@@ -17,7 +17,18 @@ from trmrl import plots
 from trmrl.collect import collect, starts
 from trmrl.config import Config, EvaluateOptions
 from trmrl.env import RL2Wrapper, make_vector
-from trmrl.evaluate import SETTLED, Adaptation, Filmed, Watched, evaluate, evaluate_adaptation, interval, summarise
+from trmrl.evaluate import (
+    SETTLED,
+    Adaptation,
+    Filmed,
+    Watched,
+    by_step,
+    evaluate,
+    evaluate_adaptation,
+    interval,
+    settled,
+    summarise,
+)
 from trmrl.model import Policy, Sizes, TrMRLPolicy, policy_of
 from trmrl.train import Run
 
@@ -64,7 +75,7 @@ def test_seeds_and_splits() -> None:
     np.testing.assert_array_equal(one.tasks, again.tasks)
     assert (adapted(policy, seed=1001).tasks != one.tasks).all()
     out = adapted(policy, split="ood")
-    np.testing.assert_allclose(out.tasks, one.tasks + np.pi)
+    assert (np.abs(out.tasks - np.pi / 2) > np.pi / 2).all()
     assert (out.rewards != one.rewards).all()
 
 
@@ -87,31 +98,40 @@ def test_given_tasks() -> None:
 
 
 class Explorer:
-    """An agent that notes what it is told, and asks for noise."""
+    """An agent that notes what it is told, and asks for exploration."""
 
-    explores = True
+    explore = 1
 
     def __init__(self) -> None:
         self.said: list[Any] = []
+        self.seen: list[Any] = []
 
     def reset(self, count: int = 1, tasks: torch.Tensor | None = None) -> None:
-        self.said.append(("reset", count))
+        self.said.append(("reset", count, self.explore))
 
     def new_episode(self, so_far: Any = None) -> None:
-        self.said.append(("episode", tuple(so_far.rewards.shape)))
+        self.said.append(("episode", tuple(so_far.rewards.shape), self.explore))
+        self.seen.append(so_far.rewards.numpy())
 
     def step(self, token: torch.Tensor) -> Normal:
         return Normal(torch.zeros(len(token), 2), torch.ones(len(token), 2))
 
 
-def test_agents_that_explore() -> None:
-    """They always draw actions, and see the episodes before each."""
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_agents_that_explore(stochastic: bool) -> None:
+    """Each episode is scored by itself, after as many with drawn actions as come before it."""
     agent = Explorer()
-    found = adapted(agent, episodes=3)
-    assert agent.said == [("reset", 3), ("episode", (3, 1, 4)), ("episode", (3, 2, 4))]
-    assert len(np.unique(found.rewards[0])) == 12
-    agent.explores = False  # type: ignore[misc]
-    assert len(np.unique(adapted(agent).rewards[0])) == 1  # it stays in the middle
+    found = adapted(agent, episodes=3, stochastic=stochastic)
+    assert agent.said == [
+        ("reset", 3, 0), ("reset", 3, 1), ("episode", (3, 1, 4), 1), ("reset", 3, 2), ("episode", (3, 1, 4), 2),
+        ("episode", (3, 2, 4), 2),
+    ]  # fmt: skip
+    assert found.rewards.shape == found.valid.shape == (3, 3, 4)
+    assert len(np.unique(found.rewards[0])) == (12 if stochastic else 1)  # else it stays in the middle
+    one, again, two = agent.seen
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(one, two[:, :1])
+    assert len(np.unique(two[0])) == 8
 
 
 @pytest.mark.parametrize(
@@ -162,6 +182,22 @@ def test_act_draws() -> None:
 # ---- numbers
 
 
+def adaptation(rewards: np.ndarray, infos: dict[str, np.ndarray]) -> Adaptation:
+    return Adaptation(rewards, infos, np.zeros((len(rewards), 1)), np.ones(rewards.shape, dtype=bool))
+
+
+def test_what_comes_after_an_end_is_no_number() -> None:
+    """Means are over the steps of those that were still going; where nobody was there is none."""
+    error = np.ones((2, 1, SETTLED + 3))
+    error[0, :, SETTLED + 1 :], error[1, :, SETTLED + 2 :] = np.nan, np.nan
+    error[1, :, SETTLED + 1] = 4.0
+    assert settled(adaptation(np.zeros(error.shape), {"error": error}), 0) == pytest.approx((1 + 1 + 4) / 3)
+    assert by_step(error)[0][-3:] == [1.0, 4.0, None]
+    assert np.isnan(
+        settled(adaptation(np.zeros((2, 1, SETTLED + 1)), {"error": np.full((2, 1, SETTLED + 1), np.nan)}), 0)
+    )
+
+
 def test_summarise() -> None:
     rng = np.random.default_rng(0)
     rewards, error = rng.normal(size=(4, 3, 25)), rng.random((4, 3, 25))
@@ -169,7 +205,7 @@ def test_summarise() -> None:
     success[0, 2, 7] = 1.0
     success[1, 1, :] = 1.0  # not in the last episode
     success[2, 2, :] = 0.0
-    found = summarise(Adaptation(rewards, {"error": error, "success": success}, np.zeros((4, 1))))
+    found = summarise(adaptation(rewards, {"error": error, "success": success}))
     names = {f"return_{e}{suffix}" for e in (1, 2, 3) for suffix in ("", "_low", "_high")}
     assert set(found) == names | {"error_settled", "success"}
     for e in range(3):
@@ -182,11 +218,11 @@ def test_summarise() -> None:
 def test_summarise_what_is_not_there() -> None:
     """Too few steps to settle; nobody says whether it was a success."""
     infos = {"error": np.ones((2, 1, SETTLED)), "success": np.full((2, 1, SETTLED), np.nan)}
-    assert set(summarise(Adaptation(np.zeros((2, 1, SETTLED)), infos, np.zeros((2, 1))))) == {
+    assert set(summarise(adaptation(np.zeros((2, 1, SETTLED)), infos))) == {
         "return_1", "return_1_low", "return_1_high"
     }  # fmt: skip
     infos = {"error": np.ones((2, 1, SETTLED + 1))}
-    assert summarise(Adaptation(np.zeros((2, 1, SETTLED + 1)), infos, np.zeros((2, 1))))["error_settled"] == 1.0
+    assert summarise(adaptation(np.zeros((2, 1, SETTLED + 1)), infos))["error_settled"] == 1.0
 
 
 def test_interval() -> None:
@@ -210,11 +246,11 @@ def test_evaluation_file(tmp_path: Path) -> None:
     held = json.loads((tmp_path / "evaluation.json").read_text())
     assert held.pop("split") == "ood"
     assert held.pop("stochastic") is True
-    by_step = held.pop("by_step")
+    steps = held.pop("by_step")
     assert held == found
     wanted = adapted(policy, seed=4, split="ood", stochastic=True)
-    assert set(by_step) == {"reward"}
-    np.testing.assert_allclose(by_step["reward"], wanted.rewards.mean(0), rtol=1e-6)
+    assert set(steps) == {"reward"}
+    np.testing.assert_allclose(steps["reward"], wanted.rewards.mean(0), rtol=1e-6)
     assert found["return_2"] == pytest.approx(wanted.returns[:, 1].mean())
     check_picture(tmp_path / "adaptation.png")
 

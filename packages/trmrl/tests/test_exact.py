@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metazoo.errors import UserError
 from torch import Tensor, nn
 from trmrl import ppo
 from trmrl.bayes import consensus, consensus_risk, minimum_bayes_risk, risk
@@ -62,8 +63,17 @@ def trials_of(batch: int = 3, episodes: int = 2, steps: int = 7, seed: int = 0) 
     def normal(*more: int) -> Tensor:
         return torch.randn(*shape, *more, generator=generator)
 
-    tasks = torch.randn(batch, SIZES.task, generator=generator)
-    return Trials(normal(SIZES.token), normal(SIZES.action), normal(), torch.ones(shape, dtype=torch.bool), tasks)
+    tasks, tokens = torch.randn(batch, SIZES.task, generator=generator), normal(SIZES.token)
+    tokens[..., -1] = 0  # no episode ends early
+    return Trials(tokens, normal(SIZES.action), normal(), torch.ones(shape, dtype=torch.bool), tasks)
+
+
+def with_early_ends(trials: Trials) -> Trials:
+    """The first trial's first episode ends after 2 steps, the second one's second after 3."""
+    valid, tokens = trials.valid.clone(), trials.tokens.clone()
+    valid[0, 0, 2:] = valid[1, 1, 3:] = False
+    tokens[..., -1] = (~valid).float()
+    return trials._replace(tokens=tokens, valid=valid)
 
 
 def stepped(policy: Policy, trials: Trials) -> Tensor:
@@ -318,6 +328,7 @@ def test_rl2_steps_are_the_stored_samples() -> None:
 
 def test_second_episode_begins_as_the_first() -> None:
     tokens = torch.randn(6, 2, SIZES.token)
+    tokens[..., -1] = 0
     for policy, same in ((tiny(), True), (tiny(carry_memory=True), False), (RL2Policy(SIZES, 8), False)):
         policy.reset(2)
         first = policy.step(tokens[0]).mean
@@ -327,6 +338,41 @@ def test_second_episode_begins_as_the_first() -> None:
         assert torch.equal(policy.step(tokens[0]).mean, first) == same
         policy.reset(2)
         assert torch.equal(policy.step(tokens[0]).mean, first)
+
+
+@pytest.mark.parametrize(
+    ("algo", "changes"),
+    [("trmrl", {"carry_memory": True}), ("trmrl", {"carry_memory": True, "window": 12}), ("rl2", {}), ("varibad", {})],
+)
+def test_memories_stand_still_after_an_early_end(algo: Any, changes: dict[str, Any]) -> None:
+    """Acting and stored trials agree, and what comes after an episode's end changes nothing that follows."""
+    policy, trials = policy_of(Config(algo=algo, **(TINY | changes)), SIZES), with_early_ends(trials_of())
+    every = torch.arange(trials.size)
+    found = policy(trials, every).mean
+    going = trials.valid.reshape(-1)
+    torch.testing.assert_close(stepped(policy, trials).reshape(len(every), -1)[going], found[going])
+    tokens = trials.tokens.clone()
+    tokens[~trials.valid] = 9.0
+    other = policy(trials._replace(tokens=tokens), every).mean
+    assert torch.equal(other[going], found[going])
+    alone = with_early_ends(trials_of(seed=1))  # an episode that ended counts as it would if it were no longer
+    short = [alone.tokens[0, 0, :2], *alone.tokens[0, 1]]
+    policy.reset(1)
+    seen = []
+    for i, token in enumerate([*short[0], *short[1:]]):
+        if i == 2:
+            policy.new_episode()
+        seen.append(policy.step(token[None]).mean[0])
+    wanted = policy(alone, torch.arange(alone.length)).mean[alone.valid[0].reshape(-1)]
+    torch.testing.assert_close(torch.stack(seen), wanted)
+
+
+@pytest.mark.parametrize("algo", ["trmrl", "rl2", "varibad"])
+def test_as_many_tokens_as_trials(algo: Any) -> None:
+    policy = policy_of(Config(algo=algo, **TINY), SIZES)
+    policy.reset(2)
+    with pytest.raises(UserError, match=r"3 tokens for 2 trials: call reset\(3\) first"):
+        policy.act(torch.zeros(3, SIZES.token))
 
 
 @settings(max_examples=25, deadline=None, database=None)

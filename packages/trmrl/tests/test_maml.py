@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.func import functional_call, grad
 from trmrl import maml
-from trmrl.collect import standard_normal
+from trmrl.collect import collect, standard_normal, starts
 from trmrl.config import Config
+from trmrl.env import make_vector
 from trmrl.evaluate import evaluate_adaptation
 from trmrl.maml import (
     Batch,
@@ -481,14 +482,18 @@ def make_agent(rollouts: int = 2) -> MAMLAgent:
 
 @pytest.mark.parametrize("rollouts", [1, 2, 3])
 def test_agent_adapts_each_task(rollouts: int) -> None:
-    """θ first; then each task's own θ' for its rows, from all episodes so far; θ again for new tasks."""
+    """θ until it has explored; then each task's own θ' for its rows, and no other one; θ again for new tasks."""
     agent, trials, token = make_agent(rollouts), make_trials(), torch.randn(6, SIZES.token)
     agent.reset(6, trials.tasks)
     first = agent.step(token)
     wanted = agent.policy(token[:, :2])
     assert torch.equal(first.mean, wanted.mean)
     for episodes in (1, 2):
-        agent.new_episode(Trials(*(part[:, :episodes] for part in trials[:4]), trials.tasks))  # type: ignore[call-arg]
+        agent.explore = episodes
+        agent.reset(6, trials.tasks)
+        for until in (1, 2):
+            agent.new_episode(Trials(*(part[:, :until] for part in trials[:4]), trials.tasks))  # type: ignore[call-arg]
+            assert torch.equal(agent.step(token).mean, first.mean) == (until < episodes)
         found = agent.step(token)
         assert found.mean.shape == found.stddev.shape == (6, 2)
         batch = doubled(batch_of(trials, rollouts, SIZES, 0.99, slice(0, episodes)))
@@ -505,6 +510,7 @@ def test_agent_adapts_each_task(rollouts: int) -> None:
 
 def test_agent_sees_the_observation_alone() -> None:
     agent, trials = make_agent(), make_trials()
+    agent.explore = 2
     token = torch.randn(6, SIZES.token)
     other = torch.cat([token[:, :2], torch.randn(6, SIZES.token - 2)], 1)
     for _ in range(2):
@@ -513,19 +519,30 @@ def test_agent_sees_the_observation_alone() -> None:
 
 
 def test_agent_explores_in_tests() -> None:
-    """The evaluation draws actions, with the same noise whether it is told to or not; where it runs is the policy's."""
+    """Each episode that is scored comes after one inner step on episodes by θ, all with drawn actions."""
     learner = make_learner()
     agent = learner.agent
     assert agent.rollouts == 1
     assert agent.policy is learner.policy
     assert next(agent.parameters()).device == learner.accelerator.device
-    found = [
-        evaluate_adaptation(agent, learner.env, episodes=3, horizon=4, stochastic=stochastic).rewards
-        for stochastic in (False, True)
-    ]
-    np.testing.assert_array_equal(*found)
-    agent.explores = False  # type: ignore[misc]
-    assert (evaluate_adaptation(agent, learner.env, episodes=3, horizon=4).rewards != found[0]).any()
+    env = make_vector(learner.config.env, 3)
+    tasks = np.array([[0.3], [1.0], [2.5]])
+    found = evaluate_adaptation(agent, env, episodes=3, horizon=4, tasks=tasks, seed=7)
+    shape = 3, 4, 3, 2
+    noise, begin = standard_normal(7, 1, shape=shape), starts(7, episodes=3, count=3)
+    plain = MAMLAgent(learner.policy, learner.sizes, learner.config)
+    plain.explore = 9
+    explored, _ = collect(plain, env, tasks, episodes=3, horizon=4, seeds=begin, noise=noise)
+    for episode in range(3):
+        params = inner.parameters(learner.policy)
+        seen = Trials(*(part[:, :episode] for part in explored[:4]), explored.tasks)
+        acting = MAMLAgent(learner.policy, learner.sizes, learner.config)
+        if episode:
+            batch = batch_of(seen, 1, learner.sizes, learner.config.inner_discount)
+            acting._adapted = adapted(learner.policy, params, batch, learner.config.inner_lr)
+        acting.reset = lambda count=1, tasks=None: None  # type: ignore[method-assign]
+        wanted, _ = collect(acting, env, tasks, episodes=1, horizon=4, seeds=begin[episode : episode + 1])
+        np.testing.assert_allclose(found.rewards[:, episode], wanted.rewards[:, 0].numpy(), rtol=1e-5)
 
 
 # ---- the learner
@@ -611,10 +628,9 @@ class Together:
         self.barrier, self.held = barrier, held
 
     def reduce(self, value: Tensor, reduction: str) -> Tensor:
-        assert reduction == "mean"
         self.held[self.process_index] = value
         self.barrier.wait(60)
-        found = torch.stack(self.held).mean(0)
+        found = getattr(torch.stack(self.held), reduction)(0)
         self.barrier.wait(60)
         return found
 

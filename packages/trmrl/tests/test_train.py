@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from metazoo import checkpoint, testing
 from metazoo.errors import UserError
 from metazoo.options import RunOptions
-from trmrl import plots
+from trmrl import maml, pearl, plots, ppo
 from trmrl import train as training
 from trmrl.config import PRESETS, Config
 from trmrl.model import TrMRLPolicy
@@ -134,10 +134,18 @@ def test_algorithms(tmp_path: Path, algo: str) -> None:
 
 
 @EVERY
-def test_load(tmp_path: Path, algo: str) -> None:
-    """A finished run from its folder: the same rows, and an agent with the same bits that acts."""
+def test_load(tmp_path: Path, algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run from its folder: the same rows, and an agent with the same bits that acts.
+
+    Environments of the training are not made for it, but one that tells sizes.
+    """
     run = trained(tmp_path / "run", of(algo, updates=2))
+    made: list[int] = []
+    for module in (ppo, maml, pearl):
+        real = module.make_vector
+        monkeypatch.setattr(module, "make_vector", lambda env, n, t=1, real=real: made.append(n) or real(env, n, t))
     found = load(tmp_path / "run")
+    assert set(made) == {1}
     assert found.metrics == run.metrics
     assert found.config == run.config
     assert found.folder == tmp_path / "run"

@@ -135,7 +135,7 @@ def slow_elbo(
         flat, valid = trials.tokens[n].flatten(0, 1), trials.valid[n].flatten()
         hidden, beliefs = torch.zeros(1, 1, 8), []
         for t in range(8):
-            if t:
+            if t and valid[t]:
                 hidden = model.encoder.gru(model.encoder.embed(flat[None, t : t + 1]), hidden)[1]
             mean, logvar = model.encoder.belief(hidden[0, 0])
             beliefs.append(Normal(mean, (logvar / 2).exp()))
@@ -175,7 +175,7 @@ def test_elbo_is_that_of_a_slow_loop(decode_state: bool) -> None:
 
 
 def features_of(model: BeliefModel, trials: Trials) -> Tensor:
-    found: Tensor = model.encoder(trials.tokens.flatten(1, 2))[1]
+    found: Tensor = model.encoder(trials.tokens.flatten(1, 2), trials.valid.flatten(1))[1]
     return found
 
 

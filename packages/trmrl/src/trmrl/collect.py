@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from metazoo.errors import UserError
 from torch import Tensor
 from torch.distributions import Normal
 
 from trmrl.env import Array, TaskVectorEnv, seeds_of
 from trmrl.model import Trials
+
+Result = TypeVar("Result")
 
 
 class Drawn(Protocol):
@@ -119,6 +123,42 @@ def collect(
                 [observation, acted, reward[:, None], ~going[:, None]], 1, dtype=np.float32, casting="unsafe"
             )
     return trials(episodes), infos
+
+
+def on_all(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something on every process; where it fails on one, none waits for that one.
+
+    Raises:
+        UserError: of this process, or that another one has failed.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    found, failed = None, None
+    try:
+        found = work()
+    except UserError as error:
+        failed = error
+    count = accelerator.reduce(torch.tensor(float(failed is not None), device=accelerator.device), reduction="sum")
+    if failed is not None:
+        raise failed
+    if float(count):
+        raise UserError("another process failed: see its message")
+    return cast(Result, found)
+
+
+def means_of(infos: dict[str, Array], valid: Array, accelerator: Accelerator) -> dict[str, float]:
+    """Means of what environments said at valid steps, over all processes, whose environments say the same things.
+
+    Args:
+        infos: of each name (B, E, T), NaN where there is nothing to say.
+        valid: (B, E, T).
+        accelerator: of this process.
+    """
+    held = [value[valid & np.isfinite(value)] for value in infos.values()]
+    sums = torch.tensor([[float(part.sum()), float(len(part))] for part in held], dtype=torch.float64)
+    if accelerator.num_processes > 1 and held:
+        sums = accelerator.reduce(sums.to(accelerator.device, torch.float32), reduction="sum").cpu()
+    return {name: float(total / count) for name, (total, count) in zip(infos, sums, strict=True) if count}
 
 
 def starts(seed: int, *place: int, episodes: int, count: int) -> Array:

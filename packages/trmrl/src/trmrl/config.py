@@ -307,8 +307,8 @@ PRESETS: dict[str, Config] = {
         _CHEETAH_DIR, env="trmrl/AntDir-v5", discount=0.92, decay_from=500, decay_to=3500, output_gain=0.01
     ),
     "paper-ml1": _META_WORLD,
-    "paper-ml10": replace(_META_WORLD, env="trmrl/ML10-v3"),
-    "paper-ml45": replace(_META_WORLD, env="trmrl/ML45-v3"),
+    "paper-ml10": replace(_META_WORLD, env="trmrl/ML10-v3", tasks=20),
+    "paper-ml45": replace(_META_WORLD, env="trmrl/ML45-v3", tasks=45),
 }
 """small: the point robot, minutes on two cores. medium: HalfCheetahVel on two cores. paper…: the released commands; the
-epochs of Meta-World are not stated."""
+epochs of Meta-World are not stated, and neither are ML10's and ML45's tasks: here as often as there are classes."""

@@ -67,7 +67,7 @@ class TaskVectorEnv(VectorEnv):
 
 
 class _Point:
-    """Goals on the unit circle: the upper half is trained and tested on, the lower half is out of distribution."""
+    """Goals on the unit circle: the upper half is trained and tested on, the arcs beside it are out of distribution."""
 
     reach = 0.1
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
@@ -75,8 +75,11 @@ class _Point:
 
     @staticmethod
     def sample_tasks(count: int, rng: np.random.Generator, split: Split = "train") -> Array:
-        """Angles θ (count, 1): U(0, π), or U(π, 2π) out of distribution."""
-        return rng.uniform(0, np.pi, (count, 1)) + (np.pi if split == "ood" else 0)
+        """Angles θ (count, 1): U(0, π); out of distribution U of the arcs beside it, (−π/3, 0) and (π, 4π/3)."""
+        if split != "ood":
+            return rng.uniform(0, np.pi, (count, 1))
+        beyond = rng.uniform(-np.pi / 3, np.pi / 3, (count, 1))
+        return np.where(beyond < 0, beyond, np.pi + beyond)
 
     @staticmethod
     def goal(tasks: Array) -> Array:
@@ -150,7 +153,8 @@ class SyncTaskVectorEnv(TaskVectorEnv):
     An episode that ends before the others is stepped no more: its rows repeat the last observation.
 
     Raises:
-        UserError: no such environment, no `set_task`, other spaces than boxes, spaces that change with the task.
+        UserError: no such environment, no `set_task`, other spaces than boxes, spaces that change with the task, tasks
+            that are no rows of numbers.
     """
 
     def __init__(self, env: str, num_envs: int = 1, **kwargs: Any) -> None:
@@ -161,7 +165,17 @@ class SyncTaskVectorEnv(TaskVectorEnv):
         self._last = np.zeros((num_envs, *self.single_observation_space.shape))
 
     def sample_tasks(self, count: int, rng: np.random.Generator, split: Split = "train") -> Array:
-        return np.asarray(self.envs[0].unwrapped.sample_tasks(count, rng, split), dtype=np.float64)
+        found = self.envs[0].unwrapped.sample_tasks(count, rng, split)
+        try:
+            tasks = np.asarray(found, dtype=np.float64)
+        except (TypeError, ValueError):
+            tasks = np.zeros(0)
+        if tasks.ndim != 2 or len(tasks) != count or not tasks.shape[1] or not np.isfinite(tasks).all():
+            raise UserError(
+                f"{self.name}: sample_tasks({count}, rng, {split!r}) gave {type(found).__name__} of shape "
+                f"{np.shape(found) if tasks.size else 'unknown'}: give an array ({count}, task size) of finite numbers"
+            )
+        return tasks
 
     def set_tasks(self, tasks: Array) -> None:
         super().set_tasks(tasks)

@@ -26,11 +26,16 @@ SETTLED = 20
 
 @dataclass
 class Adaptation:
-    """Trials of an agent on test tasks: rewards (B, E, T), what the environment said (B, E, T), tasks (B, k)."""
+    """Trials of an agent on test tasks.
+
+    Rewards (B, E, T), zero after an episode's end; what the environment said (B, E, T), NaN there; tasks (B, k);
+    whether the episode was still going (B, E, T).
+    """
 
     rewards: Array
     infos: dict[str, Array]
     tasks: Array
+    valid: Array
 
     @property
     def returns(self) -> Array:
@@ -49,7 +54,8 @@ def evaluate_adaptation(
         env: one environment a task.
         episodes, horizon: of a trial.
         split: where tasks come from.
-        stochastic: draw actions. An agent that must explore to adapt (MAML's) always does.
+        stochastic: draw actions. An agent that must explore before it adapts (MAML's) draws them in any case until
+            then: each of its episodes is scored by itself, after as many of exploration as come before it.
         seed: of tasks, starts and actions.
         tasks: (env.num_envs, k) instead of drawn ones.
         device: of the agent [default: where its weights are].
@@ -58,14 +64,31 @@ def evaluate_adaptation(
     device = _device(agent) if device is None else device
     if tasks is None:
         tasks = env.sample_tasks(count, np.random.default_rng([seed, 0]), split)
+    explores = hasattr(agent, "explore")
     noise = None
-    if stochastic or getattr(agent, "explores", False):
+    if stochastic or explores:
         noise = standard_normal(seed, 1, shape=(episodes, horizon, count, env.single_action_space.shape[0]))  # type: ignore[index]
-    trials, infos = collect(
-        agent, env, tasks, episodes=episodes, horizon=horizon, seeds=starts(seed, episodes=episodes, count=count),
-        noise=noise, device=device,
-    )  # fmt: skip
-    return Adaptation(trials.rewards.cpu().numpy(), infos, tasks)
+    begin = starts(seed, episodes=episodes, count=count)
+
+    def run(until: int, noise: torch.Tensor | None) -> Adaptation:
+        trials, infos = collect(
+            agent, env, tasks, episodes=until, horizon=horizon, seeds=begin[:until], noise=noise, device=device
+        )
+        valid = trials.valid.cpu().numpy()
+        said = {name: np.where(valid, value, np.nan) for name, value in infos.items()}
+        return Adaptation(trials.rewards.cpu().numpy(), said, tasks, valid)
+
+    if not explores:
+        return run(episodes, noise)
+    assert noise is not None
+    scored = []
+    for episode in range(episodes):  # without noise actions are the means
+        agent.explore = episode  # type: ignore[attr-defined]
+        last = noise[episode] if stochastic else torch.zeros_like(noise[episode])
+        scored.append(run(episode + 1, torch.cat([noise[:episode], last[None]])))
+    infos = {name: np.stack([found.infos[name][:, -1] for found in scored], 1) for name in scored[-1].infos}
+    rewards, valid = (np.stack([getattr(found, part)[:, -1] for found in scored], 1) for part in ("rewards", "valid"))
+    return Adaptation(rewards, infos, tasks, valid)
 
 
 def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> dict[str, Any]:
@@ -89,8 +112,8 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
     )  # fmt: skip
     env.close()
     summary = summarise(found)
-    curves = {"reward": found.rewards.mean(0).tolist()}
-    curves |= {name: found.infos[name].mean(0).tolist() for name in ("error",) if name in found.infos}
+    curves = {"reward": by_step(np.where(found.valid, found.rewards, np.nan))}
+    curves |= {name: by_step(found.infos[name]) for name in ("error",) if name in found.infos}
     text = json.dumps(
         {**summary, "split": options.split, "stochastic": options.stochastic, "by_step": curves}, indent=2
     )
@@ -98,8 +121,25 @@ def evaluate(run: Run | Path | str, options: EvaluateOptions | None = None) -> d
     if options.plots:
         from trmrl import plots
 
-        plots.adaptation(found.returns, found.infos.get("error", -found.rewards), run.folder / "adaptation.png")
+        errors = found.infos.get("error", np.where(found.valid, -found.rewards, np.nan))
+        plots.adaptation(found.returns, errors, run.folder / "adaptation.png")
     return summary
+
+
+def by_step(values: Array) -> list[list[float | None]]:
+    """Means over tasks of values (B, E, T), NaN where there is none: E lists of T, None where no task has one."""
+    there = np.isfinite(values)
+    sums, counts = np.where(there, values, 0.0).sum(0), there.sum(0)
+    return [
+        [float(total / number) if number else None for total, number in zip(*rows, strict=True)]
+        for rows in zip(sums, counts, strict=True)
+    ]
+
+
+def settled(found: Adaptation, episode: int) -> float:
+    """Mean |v − v*| [m/s] after step 20 of an episode, over the steps of tasks that were still going."""
+    errors = found.infos["error"][:, episode, SETTLED:]
+    return float(np.nanmean(errors)) if np.isfinite(errors).any() else float("nan")
 
 
 def summarise(found: Adaptation) -> dict[str, float]:
@@ -111,7 +151,7 @@ def summarise(found: Adaptation) -> dict[str, float]:
         name = f"return_{episode + 1}"
         summary |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
     if "error" in found.infos and found.rewards.shape[2] > SETTLED:
-        summary["error_settled"] = float(found.infos["error"][:, 0, SETTLED:].mean())
+        summary["error_settled"] = settled(found, 0)
     if "success" in found.infos and np.isfinite(found.infos["success"]).any():
         summary["success"] = float((np.nan_to_num(found.infos["success"][:, -1]) > 0).any(-1).mean())
     return summary
@@ -179,11 +219,12 @@ def video(options: VideoOptions) -> str:
         device=_device(run.agent),
     )  # fmt: skip
     env.close()
-    write_video(env.frames, options.output, options.fps)
+    frames = env.frames[-options.episodes * (run.config.horizon + 1) :]  # of the last run, where there are several
+    write_video(frames, options.output, options.fps)
     returns = "; ".join(
         f"episode {i + 1}: " + ", ".join(f"{value:.4g}" for value in values) for i, values in enumerate(found.returns.T)
     )
-    return f"{options.output}: {len(env.frames)} frames; returns of the tasks: {returns}"
+    return f"{options.output}: {len(frames)} frames; returns of the tasks: {returns}"
 
 
 def write_video(frames: list[Array], path: Path, fps: int) -> None:

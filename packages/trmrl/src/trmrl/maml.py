@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.func import grad, grad_and_value, vjp
 
-from trmrl.collect import collect, standard_normal, starts
+from trmrl.collect import collect, means_of, on_all, standard_normal, starts
 from trmrl.config import Config
-from trmrl.env import make_vector
+from trmrl.env import TaskVectorEnv, make_vector
 from trmrl.model import GaussianHead, Sizes, Trials
 from trmrl.ppo import NOISE, STARTS, TASKS, discounted_sums, log_prob, share_of_tasks, sizes_of
 
@@ -175,10 +176,10 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], target: Tensor, step
 
 
 class MAMLAgent(nn.Module):
-    """Acts by θ in the first episode of a task; before each later one takes one inner step from θ on all so far.
+    """Acts by θ in the first ``explore`` episodes of a task, and by θ' after one inner step from θ on these.
 
     The inner step needs explored actions: without noise, its gradient says nothing about what other actions would
-    have brought. Actions are therefore drawn, in tests, too (``explores``).
+    have brought; and actions of θ, as it is θ's gradient. Tests therefore score each episode after drawn ones by θ.
 
     Args:
         policy: with weights θ.
@@ -187,7 +188,7 @@ class MAMLAgent(nn.Module):
         rollouts: rows of a task, one after the other.
     """
 
-    explores = True
+    explore = 1
 
     def __init__(self, policy: GaussianHead, sizes: Sizes, config: Config, rollouts: int = 1) -> None:
         super().__init__()
@@ -200,6 +201,8 @@ class MAMLAgent(nn.Module):
     @torch.no_grad()
     def new_episode(self, so_far: Trials | None = None) -> None:
         assert so_far is not None
+        if so_far.rewards.shape[1] != self.explore:  # not yet, or already
+            return
         batch = batch_of(so_far, self.rollouts, self.sizes, self.config.inner_discount)
         self._adapted = adapted(self.policy, inner.parameters(self.policy), batch, self.config.inner_lr)
 
@@ -228,14 +231,18 @@ class MAMLLearner:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.mine = share_of_tasks(config.tasks, accelerator)
-        self.env = make_vector(config.env, len(self.mine) * config.rollouts, config.threads)
-        self.sizes = sizes_of(self.env)
+        self.sizes = sizes_of(config.env)
         torch.manual_seed(config.seed)
         widths = [self.sizes.observation, *config.head_hidden, self.sizes.action]
         self.policy = GaussianHead(widths, config.output_gain, config.init_std).to(accelerator.device)
         # conjugate gradients make much of rounding on a nearly singular matrix: of ten steps in float32, the last ones
         # are noise (MPS has no float64)
         self.dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+
+    @cached_property
+    def env(self) -> TaskVectorEnv:
+        """Of each rollout of this process's tasks, made when they are first needed."""
+        return make_vector(self.config.env, len(self.mine) * self.config.rollouts, self.config.threads)
 
     @property
     def agent(self) -> MAMLAgent:
@@ -274,17 +281,15 @@ class MAMLLearner:
         begin = starts(config.seed, step, STARTS, episodes=2, count=rows)
         noise = standard_normal(config.seed, step, NOISE, shape=(2, config.horizon, rows, self.sizes.action))
         mine = slice(self.mine.start * config.rollouts, self.mine.stop * config.rollouts)
-        found, infos = collect(
-            MAMLAgent(self.policy, self.sizes, config, config.rollouts), self.env,
-            np.repeat(tasks, config.rollouts, axis=0)[mine], episodes=2, horizon=config.horizon, seeds=begin[:, mine],
-            noise=noise[:, :, mine], device=self.accelerator.device,
+        found, infos = on_all(
+            self.accelerator,
+            lambda: collect(
+                MAMLAgent(self.policy, self.sizes, config, config.rollouts), self.env,
+                np.repeat(tasks, config.rollouts, axis=0)[mine], episodes=2, horizon=config.horizon,
+                seeds=begin[:, mine], noise=noise[:, :, mine], device=self.accelerator.device,
+            ),
         )  # fmt: skip
-        valid = found.valid.cpu().numpy()
-        means = {name: float(np.nanmean(value[valid])) for name, value in infos.items() if np.isfinite(value).any()}
-        if self.accelerator.num_processes == 1 or not means:
-            return found, means
-        numbers = self._mean(torch.tensor(list(means.values()), device=self.accelerator.device))
-        return found, dict(zip(means, numbers.tolist(), strict=True))
+        return found, means_of(infos, found.valid.cpu().numpy(), self.accelerator)
 
     # ---- the trust region
 

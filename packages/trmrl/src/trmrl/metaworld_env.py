@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from typing import Any, ClassVar
 
@@ -11,6 +12,9 @@ from gymnasium import spaces
 from metazoo.errors import UserError
 
 from trmrl.env import Array, Split
+
+_IDLE: dict[str, list[Any]] = collections.defaultdict(list)
+"""Simulations by class that no environment uses just now: they take long to make and hold much memory."""
 
 
 @functools.cache
@@ -50,20 +54,28 @@ class MetaWorldEnv(gym.Env):
             split: {name: [task for task in tasks if task.env_name == name] for name in self._classes[split]}
             for split, tasks in (("train", made.train_tasks), ("test", made.test_tasks))
         }
-        self._made: dict[str, Any] = {}
+        self._env: Any = None
+        self._name = ""
         self.set_task(np.array([0.0, 0.0]))
         space = self._env.observation_space
         self.observation_space = spaces.Box(-np.inf, np.inf, space.shape, np.float64)
         self.action_space = spaces.Box(-1.0, 1.0, self._env.action_space.shape, np.float64)
 
     def sample_tasks(self, count: int, rng: np.random.Generator, split: Split = "train") -> Array:
-        """Classes and goals (count, 2); those of the test are counted from the last of training on. ood: as test."""
+        """Classes and goals (count, 2); those of the test are counted from the last of training on. ood: as test.
+
+        Classes take turns, in an order drawn anew, so that none has two tasks more than another; goals of a class
+        repeat only when there are no more.
+        """
         part = "train" if split == "train" else "test"
         classes = list(self._classes[part])
-        which = rng.integers(len(classes), size=count)
-        goals = [rng.integers(len(self._goals[part][classes[i]])) for i in which]
+        which = np.resize(rng.permutation(len(classes)), count)
+        goals = np.zeros(count, dtype=int)
+        for number, name in enumerate(classes):
+            mine = which == number
+            goals[mine] = np.resize(rng.permutation(len(self._goals[part][name])), int(mine.sum()))
         first = 0 if part == "train" else len(self._classes["train"])
-        return np.stack([which + first, np.array(goals, dtype=int)], 1).astype(np.float64)
+        return np.stack([which + first, goals], 1).astype(np.float64)
 
     def set_task(self, task: Array) -> None:
         """Take a class and a goal."""
@@ -71,9 +83,11 @@ class MetaWorldEnv(gym.Env):
         part = "train" if number < len(self._classes["train"]) else "test"
         names = list(self._classes[part])
         name = names[number - (0 if part == "train" else len(self._classes["train"]))]
-        if name not in self._made:
-            self._made[name] = self._classes[part][name]()
-        self._env = self._made[name]
+        if name != self._name:
+            if self._env is not None:
+                _IDLE[self._name].append(self._env)
+            self._env = _IDLE[name].pop() if _IDLE[name] else self._classes[part][name]()
+            self._name = name
         self._env.set_task(self._goals[part][name][goal])
         if not self._env._partially_observable:
             raise UserError(f"Meta-World's {name} shows its goal: a meta-learner must infer it, so hide it")

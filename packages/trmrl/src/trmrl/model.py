@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,7 +216,8 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
         self.register_buffer("shown", shown, persistent=False)
         width = {"latest": d_model, "mixed": 2 * d_model, "full": window * d_model}[readout]
         self.head = GaussianHead([width, *head_hidden, action_size], output_gain, init_std)
-        self._window, self._length, self._tasks = torch.zeros(1, window, 0), 0, torch.zeros(1, task_size)
+        self._window, self._tasks = torch.zeros(1, window, 0), torch.zeros(1, task_size)
+        self._length, self._lengths = 0, torch.zeros(1, dtype=torch.long)  # the longest, and each trial's own
         self.reset()
 
     # ---- the encoder
@@ -255,7 +256,7 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
     def reset(self, count: int = 1, tasks: Tensor | None = None) -> None:
         device = self.embedding.weight.device
         self._window = torch.zeros(count, self.window, self.embedding.in_features, device=device)
-        self._length = 0
+        self._length, self._lengths = 0, torch.zeros(count, dtype=torch.long, device=device)
         self._tasks = torch.zeros(count, self.sizes.task, device=device)
         if self.sizes.task and tasks is not None:
             self._tasks = tasks.to(device, torch.float32)
@@ -265,9 +266,17 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
             self._length = 0
 
     def memory(self, token: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        check_count(token, len(self._window))
+        ended = over(token) & (self._lengths > 0)
         token = torch.cat([token, self._tasks], -1) if self.sizes.task else token
-        if len(token) != len(self._window):
-            raise UserError(f"{len(token)} tokens for {len(self._window)} trials: call reset({len(token)}) first")
+        if self.carry_memory:
+            # each trial has a length of its own, as what comes after an episode's end is not taken in
+            full = (self._lengths == self.window) & ~ended
+            self._window = torch.where(full[:, None, None], self._window.roll(-1, 1), self._window)
+            self._lengths = (self._lengths + ~ended).clamp(max=self.window)
+            newest = torch.arange(self.window, device=token.device) == self._lengths[:, None] - 1
+            self._window = torch.where((newest & ~ended[:, None])[..., None], token[:, None], self._window)
+            return self.encode(self._window, self._lengths, maps)
         if self._length == self.window:
             self._window = torch.cat([self._window[:, 1:], token[:, None]], 1)
         else:
@@ -279,18 +288,22 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
 
     def windows(self, trials: Trials, index: Tensor) -> tuple[Tensor, Tensor]:
         """Windows (M, K, D) at samples ``index`` and their lengths (M,), cut from the trials as they are needed."""
-        _, episodes, steps = trials.rewards.shape
-        tokens = trials.tokens
-        if self.sizes.task:
-            tasks = trials.tasks[:, None, None].expand(-1, episodes, steps, -1)
-            tokens = torch.cat([tokens, tasks.to(tokens.dtype)], -1)
-        span = episodes * steps if self.carry_memory else steps
-        tokens = tokens.reshape(-1, span, tokens.shape[-1])
+        span = trials.length if self.carry_memory else trials.rewards.shape[2]
+        tokens = trials.tokens.reshape(-1, span, trials.tokens.shape[-1])
         row, t = index // span, index % span
+        if self.carry_memory:  # places are counted among what is valid
+            valid = trials.valid.flatten(1)
+            t = (valid.cumsum(1) - 1)[row, t]
         first = (t - self.window + 1).clamp(min=0)
         width = min(self.window, span)
         places = (first[:, None] + torch.arange(width, device=index.device)).clamp(max=span - 1)
-        return tokens[row[:, None], places], (t + 1).clamp(max=self.window)
+        if self.carry_memory:
+            places = (~valid).byte().argsort(dim=1, stable=True)[row[:, None], places]
+        found = tokens[row[:, None], places]
+        if self.sizes.task:
+            tasks = trials.tasks[index // trials.length].to(found.dtype)
+            found = torch.cat([found, tasks[:, None].expand(-1, width, -1)], -1)
+        return found, (t + 1).clamp(max=self.window)
 
     def features(self, trials: Trials, index: Tensor) -> Tensor:
         return self.encode(*self.windows(trials, index))
@@ -356,14 +369,50 @@ class RL2Policy(Policy):
         self._state = torch.zeros(1, count, self.gru.hidden_size, device=self.shown.device)
 
     def memory(self, token: Tensor) -> Tensor:
-        found, self._state = self.gru((token * self.shown)[:, None], self._state)
-        return found[:, 0]
+        if self._state is None:
+            self.reset(len(token))
+        assert self._state is not None
+        check_count(token, self._state.shape[1])
+        new = self.gru((token * self.shown)[:, None], self._state)[1]
+        self._state = torch.where(over(token)[:, None], self._state, new)
+        return self._state[0]
 
     def features(self, trials: Trials, index: Tensor) -> Tensor:
         """``index`` holds whole trials, one after the other."""
         rows = index[:: trials.length] // trials.length
-        tokens = trials.tokens[rows].flatten(1, 2) * self.shown
-        return self.gru(tokens)[0].flatten(0, 1)
+        tokens, valid = trials.tokens[rows].flatten(1, 2), trials.valid[rows].flatten(1)
+        return while_going(lambda seen: self.gru(seen * self.shown)[0], tokens, valid).flatten(0, 1)
+
+
+def over(token: Tensor) -> Tensor:
+    """Whether the episodes of tokens (…, D) have ended: d_{t−1} is 1 from there on, and 0 in the next episode.
+
+    Memories that outlive an episode take nothing in until then.
+    """
+    return token[..., -1] > 0
+
+
+def while_going(function: Callable[[Tensor], Tensor], tokens: Tensor, valid: Tensor) -> Tensor:
+    """A recurrent function of the tokens of trials (n, L, D) that are valid (n, L): (n, L, …).
+
+    At steps after an episode's end it is what it was at the last step before.
+    """
+    if valid.all():
+        return function(tokens)
+    order = (~valid).byte().argsort(dim=1, stable=True)  # what is valid comes first, in its order
+    found = function(tokens.gather(1, order[..., None].expand_as(tokens)))
+    place = valid.cumsum(1) - 1
+    return found.gather(1, place[..., None].expand(-1, -1, found.shape[-1]))
+
+
+def check_count(token: Tensor, count: int) -> None:
+    """A policy acts in as many trials as it began.
+
+    Raises:
+        UserError: there are other ones.
+    """
+    if len(token) != count:
+        raise UserError(f"{len(token)} tokens for {count} trials: call reset({len(token)}) first")
 
 
 class Value(nn.Module):

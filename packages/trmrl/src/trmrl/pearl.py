@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 
-from trmrl.collect import collect, standard_normal, starts
+from trmrl.collect import collect, means_of, on_all, standard_normal, starts
 from trmrl.config import Config
-from trmrl.env import make_vector
+from trmrl.env import TaskVectorEnv, make_vector
 from trmrl.model import Sizes, Trials
 from trmrl.ppo import share_of_tasks, sizes_of
 
@@ -203,10 +204,10 @@ class PEARLLearner:
             raise UserError("--horizon is 1: give 2 or more, as pearl learns from steps that have a next observation")
         self.config, self.accelerator = config, accelerator
         self.mine = share_of_tasks(config.tasks, accelerator)
-        self.env = make_vector(config.env, len(self.mine), config.threads)
-        self.sizes = sizes_of(self.env)
+        self.sizes = sizes_of(config.env)
         torch.manual_seed(config.seed)
-        space = self.env.single_action_space
+        first = make_vector(config.env, 1)
+        space = first.single_action_space
         if not (np.isfinite(space.low) & np.isfinite(space.high)).all():  # type: ignore[attr-defined]
             raise UserError(
                 f"--env {config.env}: its actions have no bounds, which pearl squashes them to: give a Box with"
@@ -218,7 +219,8 @@ class PEARLLearner:
             "value": self._adam([*model.value.parameters()]),
             "actor": self._adam([*model.actor.parameters()]),
         }
-        self.tasks = self.env.sample_tasks(config.train_tasks, np.random.default_rng([config.seed, TRAIN]), "train")
+        self.tasks = first.sample_tasks(config.train_tasks, np.random.default_rng([config.seed, TRAIN]), "train")
+        first.close()
         steps = config.updates * config.episodes * config.horizon
         size, state, action = min(CAPACITY, max(steps, 1)), self.sizes.observation, self.sizes.action
         # on the CPU: s, a, r, s', d of each task in a ring; s, a, r of its newest episode with z from the prior
@@ -226,6 +228,11 @@ class PEARLLearner:
         self.count = torch.zeros(config.train_tasks, dtype=torch.long)
         self.explored = torch.zeros(config.train_tasks, config.horizon, state + action + 1)
         self.explored_count = torch.zeros(config.train_tasks, dtype=torch.long)
+
+    @cached_property
+    def env(self) -> TaskVectorEnv:
+        """This process's environments, made when they are first needed."""
+        return make_vector(self.config.env, len(self.mine), self.config.threads)
 
     def _adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.config.sac_lr, fused=True)
@@ -277,17 +284,16 @@ class PEARLLearner:
         )
         latents = standard_normal(config.seed, step, LATENTS, shape=(config.episodes, count, config.latent))
         mine = slice(self.mine.start, self.mine.stop)
-        found, infos = collect(
-            PEARLAgent(self.model, latents[:, mine]), self.env, self.tasks[which][mine], episodes=config.episodes,
-            horizon=config.horizon, seeds=begin[:, mine], noise=noise[:, :, mine], device=self.accelerator.device,
+        found, infos = on_all(
+            self.accelerator,
+            lambda: collect(
+                PEARLAgent(self.model, latents[:, mine]), self.env, self.tasks[which][mine], episodes=config.episodes,
+                horizon=config.horizon, seeds=begin[:, mine], noise=noise[:, :, mine], device=self.accelerator.device,
+            ),
         )  # fmt: skip
-        valid = found.valid.cpu().numpy()
-        means = {name: float(np.nanmean(value[valid])) for name, value in infos.items() if np.isfinite(value).any()}
+        means = means_of(infos, found.valid.cpu().numpy(), self.accelerator)
         if self.accelerator.num_processes > 1:
             found = Trials(*(self.accelerator.gather(part.contiguous()) for part in found))
-            if means:
-                numbers = torch.tensor(list(means.values()), device=self.accelerator.device)
-                means = dict(zip(means, self.accelerator.reduce(numbers, reduction="mean").tolist(), strict=True))
         return found, which, means
 
     def keep(self, trials: Trials, which: np.ndarray) -> None:

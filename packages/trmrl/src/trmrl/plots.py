@@ -60,7 +60,7 @@ def adaptation(returns: np.ndarray, errors: np.ndarray, path: Path) -> None:
 
     Args:
         returns: (tasks, episodes).
-        errors: (tasks, episodes, steps).
+        errors: (tasks, episodes, steps), NaN after an episode's end.
         path: .png that is written.
     """
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
@@ -72,8 +72,10 @@ def adaptation(returns: np.ndarray, errors: np.ndarray, path: Path) -> None:
     left.legend(fontsize=8)
     shown = sorted({0, errors.shape[1] - 1})
     for i, episode in enumerate(shown):
-        mean, spread = errors[:, episode].mean(0), errors[:, episode].std(0)
-        steps = np.arange(1, len(mean) + 1)
+        going = np.isfinite(errors[:, episode]).any(0)  # no task lasts longer
+        held = errors[:, episode][:, going]
+        mean, spread = np.nanmean(held, 0), np.nanstd(held, 0)
+        steps = np.arange(1, len(going) + 1)[going]
         right.fill_between(steps, mean - spread, mean + spread, color=COLOURS[i], alpha=0.15, linewidth=0)
         right.plot(steps, mean, color=COLOURS[i], label=f"episode {episode + 1} (band: ± std over tasks)")
     right.set(xlabel="step", ylabel="distance from the target\n(minus the reward where there is none)")

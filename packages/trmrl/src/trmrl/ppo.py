@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 
-from trmrl.collect import collect, standard_normal, starts
+from trmrl.collect import collect, means_of, on_all, standard_normal, starts
 from trmrl.config import Config
 from trmrl.env import TaskVectorEnv, make_vector
 from trmrl.model import Policy, Sizes, Trials, TrMRLPolicy, Value, policy_of
@@ -87,8 +88,7 @@ class PPOLearner:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.mine = share_of_tasks(config.tasks, accelerator)
-        self.env = make_vector(config.env, len(self.mine), config.threads)
-        self.sizes = sizes_of(self.env)
+        self.sizes = sizes_of(config.env)
         torch.manual_seed(config.seed)
         self.policy = policy_of(config, self.sizes).to(accelerator.device)
         self.value = Value(self._value_size(), config.head_hidden).to(accelerator.device)
@@ -103,6 +103,11 @@ class PPOLearner:
             trunk, lr=config.value_lr, weight_decay=config.weight_decay, fused=True
         )  # fmt: skip
         self.auxiliary = self._auxiliary()
+
+    @cached_property
+    def env(self) -> TaskVectorEnv:
+        """This process's environments, made when they are first needed."""
+        return make_vector(self.config.env, len(self.mine), self.config.threads)
 
     def _auxiliary(self) -> Any:
         """What learns the belief over tasks, where the policy has one."""
@@ -148,7 +153,7 @@ class PPOLearner:
         flat = [torch.from_numpy(part.reshape(-1)).to(device, torch.float32) for part in (returns, advantages)]
         if self.config.normalize_advantages:
             used = flat[1][trials.valid.reshape(-1)]
-            flat[1] = (flat[1] - used.mean()) / (used.std() + 1e-8)
+            flat[1] = (flat[1] - used.mean()) / (used.std(correction=0) + 1e-8)
         row = self._train_policy(trials, log_old, flat[1], step)
         row |= self._train_value(trials, flat[0], step)
         if self.auxiliary is not None:
@@ -165,21 +170,17 @@ class PPOLearner:
             config.seed, step, NOISE, shape=(config.episodes, config.horizon, count, self.sizes.action)
         )
         mine = slice(self.mine.start, self.mine.stop)
-        found, infos = collect(
-            self.policy, self.env, tasks[mine], episodes=config.episodes, horizon=config.horizon,
-            seeds=begin[:, mine], noise=noise[:, :, mine], device=self.accelerator.device,
+        found, infos = on_all(
+            self.accelerator,
+            lambda: collect(
+                self.policy, self.env, tasks[mine], episodes=config.episodes, horizon=config.horizon,
+                seeds=begin[:, mine], noise=noise[:, :, mine], device=self.accelerator.device,
+            ),
         )  # fmt: skip
+        means = means_of(infos, found.valid.cpu().numpy(), self.accelerator)
         if self.accelerator.num_processes > 1:
             found = Trials(*(self.accelerator.gather(part.contiguous()) for part in found))
-        valid = found.valid[self.mine.start : self.mine.stop].cpu().numpy()
-        means = {name: float(np.nanmean(value[valid])) for name, value in infos.items() if np.isfinite(value).any()}
-        return found, self._mean_of(means)
-
-    def _mean_of(self, means: dict[str, float]) -> dict[str, float]:
-        if self.accelerator.num_processes == 1 or not means:
-            return means
-        numbers = torch.tensor(list(means.values()), device=self.accelerator.device)
-        return dict(zip(means, self.accelerator.reduce(numbers, reduction="mean").tolist(), strict=True))
+        return found, means
 
     def _in_chunks(self, trials: Trials, function: Any) -> Tensor:
         """A function of samples, for all of them."""
@@ -190,8 +191,8 @@ class PPOLearner:
     def _minibatches(self, trials: Trials, step: int, which: int) -> Iterator[tuple[Tensor, int]]:
         """This process's share of each minibatch of samples, and the minibatch's size over all processes."""
         config, device = self.config, trials.rewards.device
-        valid = trials.valid.reshape(-1)
-        units = torch.arange(len(trials.rewards)) if self.policy.by_trial else valid.nonzero()[:, 0].cpu()
+        valid = trials.valid.reshape(-1).cpu()
+        units = torch.arange(len(trials.rewards)) if self.policy.by_trial else valid.nonzero()[:, 0]
         size = max(config.minibatch // trials.length, 1) if self.policy.by_trial else config.minibatch
         for done in range(config.passes):
             rng = np.random.default_rng([config.seed, step, ORDER, which, done])
@@ -201,7 +202,7 @@ class PPOLearner:
                 if self.policy.by_trial:
                     steps = torch.arange(trials.length)
                     part, mine = ((of[:, None] * trials.length + steps).reshape(-1) for of in (part, mine))
-                yield mine.to(device), int(valid[part.to(device)].sum())
+                yield mine.to(device), int(valid[part].sum())
 
     def _train_policy(self, trials: Trials, log_old: Tensor, advantages: Tensor, step: int) -> dict[str, Any]:
         config, valid = self.config, trials.valid.reshape(-1).float()
@@ -293,14 +294,13 @@ def actions_of(trials: Trials, index: Tensor) -> Tensor:
     return trials.actions.flatten(0, 2)[index]
 
 
-def sizes_of(env: TaskVectorEnv) -> Sizes:
-    """Sizes of an environment's observations, actions and tasks."""
-    task = env.sample_tasks(1, np.random.default_rng(0), "train")
-    return Sizes(
-        env.single_observation_space.shape[0],
-        env.single_action_space.shape[0],
-        task.shape[1],  # type: ignore[index]
-    )
+def sizes_of(env: str) -> Sizes:
+    """Sizes of an environment's observations, actions and tasks, of which one is made for it."""
+    made = make_vector(env, 1)
+    task = made.sample_tasks(1, np.random.default_rng(0), "train")
+    made.close()
+    shapes = made.single_observation_space.shape, made.single_action_space.shape
+    return Sizes(shapes[0][0], shapes[1][0], task.shape[1])  # type: ignore[index]
 
 
 def share_of_tasks(tasks: int, accelerator: Accelerator) -> range:

@@ -96,7 +96,6 @@ def load(folder: Path | str) -> Run:
     step = checkpoint.restore(path / "checkpoints", state, say=lambda line: print(line, file=sys.stderr))
     if step < config.updates:
         raise UserError(f"{path} is at update {step} of {config.updates}: finish it with --resume first")
-    learner.env.close()
     metrics = path / "metrics.jsonl"
     rows = list(runfolder.read_metrics(metrics)) if metrics.exists() else []
     return Run(path, config, learner.agent, rows)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trmrl.config import Config
-from trmrl.model import GaussianHead, Policy, Sizes, Trials
+from trmrl.model import GaussianHead, Policy, Sizes, Trials, check_count, over, while_going
 
 EMBEDDED_STATE, EMBEDDED_ACTION, EMBEDDED_REWARD = 32, 16, 16
 DECODER_HIDDEN = (64, 32)
@@ -42,8 +42,8 @@ class Encoder(nn.Module):
     """A GRU over embedded (s_t, a_{t−1}, r_{t−1}), and linear layers to μ_t and logvar_t.
 
     At the first step of a trial nothing has been seen: the belief there is what the output layers say of the hidden
-    state 0, whatever s_0 is. The first step of a later episode is fed like any other, with a = 0 and r = 0, and so are
-    steps after an episode's end, as they are of the same task and the acting policy sees them, too.
+    state 0, whatever s_0 is. The first step of a later episode is fed like any other, with a = 0 and r = 0. After an
+    episode's end the belief stays as it was until the next one.
     """
 
     def __init__(
@@ -72,12 +72,16 @@ class Encoder(nn.Module):
         """Hidden states (…, width) → μ and logvar (…, latent)."""
         return self.mean(hidden), self.logvar(hidden)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of whole trials (n, L, D) → μ and logvar (n, L, latent) at each step."""
-        hidden = tokens.new_zeros(len(tokens), 1, self.gru.hidden_size)
-        if tokens.shape[1] > 1:
-            hidden = torch.cat([hidden, self.gru(self.embed(tokens[:, 1:]))[0]], 1)
-        return self.belief(hidden)
+    def forward(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of whole trials (n, L, D), as far as valid (n, L) → μ and logvar (n, L, latent) at each step."""
+
+        def hidden(tokens: Tensor) -> Tensor:
+            first = tokens.new_zeros(len(tokens), 1, self.gru.hidden_size)
+            if tokens.shape[1] == 1:
+                return first
+            return torch.cat([first, self.gru(self.embed(tokens[:, 1:]))[0]], 1)
+
+        return self.belief(while_going(hidden, tokens, valid))
 
 
 class Decoder(nn.Module):
@@ -143,7 +147,7 @@ class BeliefModel(nn.Module):
             Reconstruction error (n,), KL (n,), and the standard deviations of the last belief (n, latent).
         """
         _, episodes, steps = valid.shape
-        mean, logvar = self.encoder(tokens.flatten(1, 2))
+        mean, logvar = self.encoder(tokens.flatten(1, 2), valid.flatten(1))
         before = [F.pad(part[:, :-1], (0, 0, 1, 0)) for part in (mean, logvar)]  # N(0, I) comes first
         weight = _rows(valid.flatten(1), terms) * (episodes * steps / terms.shape[1])
         kl = (_rows(gaussian_kl(mean, logvar, *before), terms) * weight).sum(1)
@@ -202,17 +206,20 @@ class VariBADPolicy(Policy):
         """Take the newest tokens (count, D); [s_t ; μ_t ; logvar_t] (count, S + 2·latent)."""
         if self._state is None:
             self.reset(len(token))
+        assert self._state is not None
+        check_count(token, self._state.shape[1])
         encoder = self.belief.encoder
         if self._seen:  # the first token of a trial comes before any transition
-            self._state = encoder.gru(encoder.embed(token)[:, None], self._state)[1]
+            new = encoder.gru(encoder.embed(token)[:, None], self._state)[1]
+            self._state = torch.where(over(token)[:, None], self._state, new)
         self._seen = True
-        assert self._state is not None
         return self._shown(token, *encoder.belief(self._state[0]))
 
     def features(self, trials: Trials, index: Tensor) -> Tensor:
         """``index`` holds whole trials, one after the other."""
-        tokens = trials.tokens[index[:: trials.length] // trials.length].flatten(1, 2)
-        return self._shown(tokens, *self.belief.encoder(tokens)).flatten(0, 1)
+        rows = index[:: trials.length] // trials.length
+        tokens, valid = trials.tokens[rows].flatten(1, 2), trials.valid[rows].flatten(1)
+        return self._shown(tokens, *self.belief.encoder(tokens, valid)).flatten(0, 1)
 
     def _shown(self, token: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
         return torch.cat([token[..., : self.sizes.observation], mean.detach(), logvar.detach()], -1)
