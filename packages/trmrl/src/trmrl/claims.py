@@ -157,16 +157,21 @@ for _scale, _own in (("small", _SMALL_OWN), ("paper", _PAPER_OWN)):
 LEARNERS = ("trmrl", "rl2", "memoryless", "maml", "pearl")
 WINDOWS = ("k-5", "k-2", "k-1", "no-reward")
 DEEP = ("tfixup-8", "xavier-8", "layernorm-8")
-_RATES: dict[str, dict[str, float]] = {}
+# results/bench/tuning.json
+_RATES: dict[str, dict[str, float]] = {
+    **dict.fromkeys(("trmrl", "k-5", "no-reward", "rl2", "memoryless"), {"lr": 1e-3, "value_lr": 1e-3}),
+    **dict.fromkeys(("k-2", "k-1", *DEEP), {"lr": 5e-4, "value_lr": 5e-4}),
+    "pearl": {"sac_lr": 3e-3}, "maml": {"inner_lr": 0.1},
+}  # fmt: skip
 for _arm, _rates in _RATES.items():
     _ARMS["small"][_arm] = replace(_ARMS["small"][_arm], **_rates)  # type: ignore[arg-type]
 _GROWTH = Config(d_model=64, heads=4, d_ff=256, window=5)
 _GROWTH_ARMS = {init: replace(_GROWTH, init=init) for init in ("tfixup", "xavier")}  # type: ignore[arg-type]
 # All trials and pilots that there ever were. TrMRL (k-5 is the same): 6 of benchmarks/tuning.py, 8 of smaller budgets
 # of gradient steps, and 14 pilots of version 1, which set updates, clipping and decay for all arms of PPO and were
-# scored on test goals. MAML: 6 before it explored by θ in tests. None of eight layers: half of TrMRL's rate.
+# scored on test goals. MAML: 4 before it explored by θ in tests. None of eight layers: half of TrMRL's rate.
 _TRIALS = {
-    "trmrl": 28, "k-5": 28, "rl2": 8, "memoryless": 7, "pearl": 13, "maml": 16, "no-reward": 3, "k-2": 3, "k-1": 3,
+    "trmrl": 28, "k-5": 28, "rl2": 8, "memoryless": 7, "pearl": 13, "maml": 14, "no-reward": 3, "k-2": 3, "k-1": 3,
     **dict.fromkeys(DEEP, 0),
 }  # fmt: skip
 _ALSO = ("episode_1", "episode_2", "episode_3", "ood_episode_1", "ood_episode_3", "seconds_of_training")
