@@ -158,9 +158,12 @@ LEARNERS = ("trmrl", "rl2", "memoryless", "maml", "pearl")
 WINDOWS = ("k-5", "k-2", "k-1", "no-reward")
 DEEP = ("tfixup-8", "xavier-8", "layernorm-8")
 # results/bench/tuning.json
+_PPO_RATES = {
+    "trmrl": 1e-3, "k-5": 1e-3, "no-reward": 1e-3, "rl2": 1e-3, "memoryless": 1e-3, "k-2": 5e-4, "k-1": 5e-4,
+    **dict.fromkeys(DEEP, 5e-4),
+}  # fmt: skip
 _RATES: dict[str, dict[str, float]] = {
-    **dict.fromkeys(("trmrl", "k-5", "no-reward", "rl2", "memoryless"), {"lr": 1e-3, "value_lr": 1e-3}),
-    **dict.fromkeys(("k-2", "k-1", *DEEP), {"lr": 5e-4, "value_lr": 5e-4}),
+    **{arm: {"lr": rate, "value_lr": rate} for arm, rate in _PPO_RATES.items()},
     "pearl": {"sac_lr": 3e-3}, "maml": {"inner_lr": 0.1},
 }  # fmt: skip
 for _arm, _rates in _RATES.items():
