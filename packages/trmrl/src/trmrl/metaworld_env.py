@@ -60,6 +60,7 @@ class MetaWorldEnv(gym.Env):
         space = self._env.observation_space
         self.observation_space = spaces.Box(-np.inf, np.inf, space.shape, np.float64)
         self.action_space = spaces.Box(-1.0, 1.0, self._env.action_space.shape, np.float64)
+        self._give_back()  # until a task is set others may have it
 
     def sample_tasks(self, count: int, rng: np.random.Generator, split: Split = "train") -> Array:
         """Classes and goals (count, 2); those of the test are counted from the last of training on. ood: as test.
@@ -84,22 +85,31 @@ class MetaWorldEnv(gym.Env):
         names = list(self._classes[part])
         name = names[number - (0 if part == "train" else len(self._classes["train"]))]
         if name != self._name:
-            if self._env is not None:
-                _IDLE[self._name].append(self._env)
+            self._give_back()
             self._env = _IDLE[name].pop() if _IDLE[name] else self._classes[part][name]()
             self._name = name
         self._env.set_task(self._goals[part][name][goal])
         if not self._env._partially_observable:
             raise UserError(f"Meta-World's {name} shows its goal: a meta-learner must infer it, so hide it")
 
+    def _give_back(self) -> None:
+        if self._env is not None:
+            _IDLE[self._name].append(self._env)
+        self._env, self._name = None, ""
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         super().reset(seed=seed)
+        if self._env is None:
+            self.set_task(np.array([0.0, 0.0]))
         return self._env.reset(seed=seed)
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         action = np.clip(action, -1.0, 1.0).astype(np.float32)
         found, reward, _, truncated, info = self._env.step(action)  # a success does not end the episode
         return found, float(reward), False, bool(truncated), info
+
+    def close(self) -> None:
+        self._give_back()
 
     def render(self) -> Any:
         self._env.render_mode = self.render_mode
