@@ -226,7 +226,7 @@ def cells(folder: Path, scale: str, changes: dict[str, Any] | None = None) -> No
                 (folder / "cells" / f"{claim.name}-{arm}-{seed}.json").write_text(json.dumps(cell))
 
 
-PICTURES = ("first-episode", "adapted", "ood", "training", "window", "depth", "growth")
+PICTURES = ("first-episode", "adapted", "ood", "training", "window", "growth")
 
 
 @SCALES
