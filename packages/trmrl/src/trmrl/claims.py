@@ -254,6 +254,22 @@ CLAIMS = (
         "five-over-two", "k-5", "k-2", margin=0.0, source="Section 5, ablation of the window",
         statement="K = 5 is above K = 2", paper="longer windows are better up to a point; " + _PLOTS,
     ),
+    _claim(
+        "deep-tfixup", "tfixup-8", None, version=1, margin=0.3, source="Section 5, ablation of T-Fixup",
+        statement="Eight layers without LayerNorm learn to infer the task with T-Fixup: S is at least 0.3",
+        paper="T-Fixup makes training stable without LayerNorm and warm-up; " + _PLOTS,
+    ),
+    _claim(
+        "deep-over-xavier", "tfixup-8", "xavier-8", version=1, margin=0.2, source="Section 5, ablation of T-Fixup",
+        statement="With T-Fixup eight layers are 0.2 above those with plain Xavier (S)",
+        paper="without T-Fixup training is unstable or worse; " + _PLOTS,
+    ),
+    _claim(
+        "deep-over-layernorm", "tfixup-8", "layernorm-8", version=1, margin=0.0,
+        source="Section 4.4 and 5, ablation of T-Fixup",
+        statement="With T-Fixup eight layers are above those with LayerNorm after each sum",
+        paper="transformers with LayerNorm are hard to train in reinforcement learning; " + _PLOTS,
+    ),
     _growth(
         "tfixup-growth", "tfixup", metric="worst", margin=1.125, tolerance=0.125, source="Section 4.4",
         statement="With T-Fixup memories keep their norm at depths of 2 to 32 without LayerNorm: growth in [1, 1.25]",
