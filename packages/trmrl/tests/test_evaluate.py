@@ -126,6 +126,7 @@ def test_agents_that_explore(stochastic: bool) -> None:
         ("reset", 3, 0), ("reset", 3, 1), ("episode", (3, 1, 4), 1), ("reset", 3, 2), ("episode", (3, 1, 4), 2),
         ("episode", (3, 2, 4), 2),
     ]  # fmt: skip
+    assert agent.explore == 1  # as it was
     assert found.rewards.shape == found.valid.shape == (3, 3, 4)
     assert len(np.unique(found.rewards[0])) == (12 if stochastic else 1)  # else it stays in the middle
     one, again, two = agent.seen

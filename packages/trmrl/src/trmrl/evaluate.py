@@ -81,11 +81,12 @@ def evaluate_adaptation(
     if not explores:
         return run(episodes, noise)
     assert noise is not None
-    scored = []
+    scored, before = [], agent.explore  # type: ignore[attr-defined]
     for episode in range(episodes):  # without noise actions are the means
         agent.explore = episode  # type: ignore[attr-defined]
         last = noise[episode] if stochastic else torch.zeros_like(noise[episode])
         scored.append(run(episode + 1, torch.cat([noise[:episode], last[None]])))
+    agent.explore = before  # type: ignore[attr-defined]
     infos = {name: np.stack([found.infos[name][:, -1] for found in scored], 1) for name in scored[-1].infos}
     rewards, valid = (np.stack([getattr(found, part)[:, -1] for found in scored], 1) for part in ("rewards", "valid"))
     return Adaptation(rewards, infos, tasks, valid)
