@@ -239,14 +239,21 @@ def modules(names: list[str]) -> list[str]:
 
 
 def pytest(session: nox.Session, package: str, marks: str, *, none_is_fine: bool = False) -> None:
-    """Run a copy of the folder's tests outside the tree, so that the installed wheel is what is tested."""
+    """Run a copy of the folder's tests outside the tree, so that the installed wheel is what is tested.
+
+    Files of tests run side by side, on up to four cores (`-- -n 0`: one after the other); a GPU or a browser has one
+    user at a time.
+    """
     quiet(session)
+    session.install("-c", str(CONSTRAINTS), "pytest-xdist")
+    workers = 0 if marks in ("gpu", "browser") else min(os.cpu_count() or 1, 4)
     with temporary_folder() as folder:
         shutil.copytree(FOLDERS[package] / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         with session.chdir(folder):
             session.run(
                 *("python", "-m", "pytest", "-c", "pyproject.toml", "-p", "no:cacheprovider", "-m", marks, "tests"),
+                *("-n", str(workers), "--dist", "loadfile"),
                 *session.posargs,
                 success_codes=[0, 5] if none_is_fine else [0],  # 5: nothing has the mark
             )
