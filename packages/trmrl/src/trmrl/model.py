@@ -267,10 +267,11 @@ class TrMRLPolicy(Policy, PyTorchModelHubMixin, library_name="trmrl"):
 
     def memory(self, token: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         check_count(token, len(self._window))
-        ended = over(token) & (self._lengths > 0)
+        ended = over(token)
         token = torch.cat([token, self._tasks], -1) if self.sizes.task else token
         if self.carry_memory:
             # each trial has a length of its own, as what comes after an episode's end is not taken in
+            ended = ended & (self._lengths > 0)
             full = (self._lengths == self.window) & ~ended
             self._window = torch.where(full[:, None, None], self._window.roll(-1, 1), self._window)
             self._lengths = (self._lengths + ~ended).clamp(max=self.window)
