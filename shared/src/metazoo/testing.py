@@ -30,7 +30,7 @@ from typing import Any
 from metazoo.errors import UserError
 from metazoo.options import RunOptions
 
-WAIT = 120.0  # seconds until a child counts as hung
+WAIT = 300.0  # seconds until a child counts as hung
 
 
 @dataclass(frozen=True)
