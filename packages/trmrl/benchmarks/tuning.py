@@ -30,14 +30,13 @@ SEEDS = (100, 101)
 RATES: dict[str, tuple[float, ...]] = {
     "trmrl": (3e-4, 5e-4, 1e-3, 2e-3),
     "rl2": (3e-4, 1e-3, 3e-3, 6e-3),
-    "varibad": (3e-4, 1e-3, 3e-3, 6e-3),
     "memoryless": (3e-4, 1e-3, 3e-3, 6e-3),
     "pearl": (3e-4, 1e-3, 3e-3, 6e-3),
     "maml": (0.05, 0.1, 0.2, 0.4),
     **dict.fromkeys(("no-reward", "k-2", "k-1"), (5e-4, 1e-3, 2e-3)),
 }
 LATER = ("pearl", "maml")
-MAIN = ("trmrl", "rl2", "varibad", "memoryless", "pearl", "maml")
+MAIN = ("trmrl", "rl2", "memoryless", "pearl", "maml")
 
 
 def names_of(arm: str) -> tuple[str, ...]:

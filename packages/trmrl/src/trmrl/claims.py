@@ -136,9 +136,8 @@ _PAPER_OWN: dict[str, dict[str, Any]] = {
         "decay_from": 0, "decay_to": 0,
     },
 }  # fmt: skip
-# PEARL's scale of rewards is that of its authors' point robot. VariBAD's belief takes 3,000 gradient steps in all; its
-# authors' 3 an update would be 300.
-_SMALL_OWN: dict[str, dict[str, Any]] = {"pearl": {"reward_scale": 100.0}, "varibad": {"vae_steps": 30}}
+# PEARL's scale of rewards is that of its authors' point robot.
+_SMALL_OWN: dict[str, dict[str, Any]] = {"pearl": {"reward_scale": 100.0}}
 for _scale, _own in (("small", _SMALL_OWN), ("paper", _PAPER_OWN)):
     for _arm, _changed in _own.items():
         _ARMS[_scale][_arm] = replace(_ARMS[_scale][_arm], **_changed)
@@ -155,7 +154,7 @@ for _scale, _own in (("small", _SMALL_OWN), ("paper", _PAPER_OWN)):
         "xavier-8": replace(_deep, init="xavier"),
         "layernorm-8": replace(_deep, init="xavier", norm="post"),
     }
-LEARNERS = ("trmrl", "rl2", "varibad", "memoryless", "maml", "pearl")
+LEARNERS = ("trmrl", "rl2", "memoryless", "maml", "pearl")
 WINDOWS = ("k-5", "k-2", "k-1", "no-reward")
 DEEP = ("tfixup-8", "xavier-8", "layernorm-8")
 # results/bench/tuning.json
@@ -173,11 +172,10 @@ _GROWTH = Config(d_model=64, heads=4, d_ff=256, window=5)
 _GROWTH_ARMS = {init: replace(_GROWTH, init=init) for init in ("tfixup", "xavier")}  # type: ignore[arg-type]
 # All trials and pilots that there ever were. TrMRL (k-5 is the same): 6 of benchmarks/tuning.py, 8 of smaller budgets
 # of gradient steps, and 14 pilots of version 1, which set updates, clipping and decay for all arms of PPO and were
-# scored on test goals. MAML: 4 before it explored by θ in tests. VariBAD: 3 with a tenth of the gradient steps. None of
-# eight layers: half of TrMRL's rate.
+# scored on test goals. MAML: 4 before it explored by θ in tests. None of eight layers: half of TrMRL's rate.
 _TRIALS = {
-    "trmrl": 28, "k-5": 28, "rl2": 8, "varibad": 9, "memoryless": 7, "pearl": 13, "maml": 14,
-    "no-reward": 3, "k-2": 3, "k-1": 3, **dict.fromkeys(DEEP, 0),
+    "trmrl": 28, "k-5": 28, "rl2": 8, "memoryless": 7, "pearl": 13, "maml": 14, "no-reward": 3, "k-2": 3, "k-1": 3,
+    **dict.fromkeys(DEEP, 0),
 }  # fmt: skip
 _ALSO = ("episode_1", "episode_2", "episode_3", "ood_episode_1", "ood_episode_3", "seconds_of_training")
 
@@ -219,10 +217,6 @@ CLAIMS = (
         "over-rl2", "trmrl", "rl2", margin=0.0, source="Section 5, Figure 5",
         statement="In the first episode TrMRL is above RL² with a GRU",
         paper="best or on par from the first episode on; " + _PLOTS,
-    ),
-    _claim(
-        "over-varibad", "trmrl", "varibad", margin=0.0, source="Section 5; VariBAD is discussed, and not compared",
-        statement="In the first episode TrMRL is above VariBAD", paper="not stated",
     ),
     _claim(
         "over-maml-adapted", "trmrl", "maml", metric="episode_3", margin=0.0, source="Section 5, Figure 5",
