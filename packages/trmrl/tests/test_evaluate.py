@@ -338,6 +338,20 @@ def test_training_picture(tmp_path: Path, name: str) -> None:
     check_picture(tmp_path / "a" / "b.png")
 
 
+def test_band() -> None:
+    """That of evaluate, column by column, of the tasks that have a value; a lone task has no width."""
+    values = np.random.default_rng(1).normal(size=(30, 3))
+    for column, low, high in zip(values.T, *plots.band(values), strict=True):
+        assert (low, high) == pytest.approx(interval(column), abs=0.05)
+    gaps = np.concatenate([values, np.full((30, 3), np.nan)])
+    low, high = plots.band(gaps)
+    assert (low < values.mean(0)).all()
+    assert (high > values.mean(0)).all()
+    np.testing.assert_allclose(high - low, np.subtract(*plots.band(values)[::-1]), rtol=0.2)
+    assert [end.tolist() for end in plots.band(np.array([[1.0, 2.0]]))] == [[1.0, 2.0]] * 2
+    assert np.isfinite(plots.band(np.array([[1.0], [np.nan]]))).all()
+
+
 @pytest.mark.parametrize("shape", [(5, 3, 8), (1, 1, 1)])
 def test_adaptation_picture(tmp_path: Path, shape: tuple[int, ...]) -> None:
     rewards = np.random.default_rng(0).normal(size=shape)

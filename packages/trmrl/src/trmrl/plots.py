@@ -55,8 +55,26 @@ def training(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile bootstrap of means over tasks.
+
+    Args:
+        values: (tasks, n), NaN where a task has none.
+
+    Returns:
+        Lower and upper ends (n,).
+    """
+    count = len(values)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=2000)
+    finite = np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # a resample of nothing but NaN
+        means = (drawn @ np.where(finite, values, 0.0)) / (drawn @ finite)
+    low, high = np.nanquantile(means, (0.025, 0.975), axis=0)
+    return low, high
+
+
 def adaptation(returns: np.ndarray, errors: np.ndarray, path: Path) -> None:
-    """Returns by episode, and how far an agent is from its target by step.
+    """Returns by episode, and how far an agent is from its target by step, with the bands of :func:`band`.
 
     Args:
         returns: (tasks, episodes).
@@ -67,17 +85,16 @@ def adaptation(returns: np.ndarray, errors: np.ndarray, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     episodes = np.arange(1, returns.shape[1] + 1)
     left.plot(episodes, returns.T, color="#BBBBBB", linewidth=0.7)
-    left.plot(episodes, returns.mean(0), color=COLOURS[0], marker="o", label="mean over tasks")
+    left.fill_between(episodes, *band(returns), color=COLOURS[0], alpha=0.25, linewidth=0)
+    left.plot(episodes, returns.mean(0), color=COLOURS[0], marker="o", label="mean over tasks (band: 95 % bootstrap)")
     left.set(xlabel="episode", ylabel="return", xticks=episodes)
     left.legend(fontsize=8)
     shown = sorted({0, errors.shape[1] - 1})
     for i, episode in enumerate(shown):
         going = np.isfinite(errors[:, episode]).any(0)  # no task lasts longer
-        held = errors[:, episode][:, going]
-        mean, spread = np.nanmean(held, 0), np.nanstd(held, 0)
-        steps = np.arange(1, len(going) + 1)[going]
-        right.fill_between(steps, mean - spread, mean + spread, color=COLOURS[i], alpha=0.15, linewidth=0)
-        right.plot(steps, mean, color=COLOURS[i], label=f"episode {episode + 1} (band: ± std over tasks)")
+        held, steps = errors[:, episode][:, going], np.arange(1, len(going) + 1)[going]
+        right.fill_between(steps, *band(held), color=COLOURS[i], alpha=0.25, linewidth=0)
+        right.plot(steps, np.nanmean(held, 0), color=COLOURS[i], linewidth=1, label=f"episode {episode + 1}")
     right.set(xlabel="step", ylabel="distance from the target\n(minus the reward where there is none)")
     right.legend(fontsize=8)
     _save(figure, path)
