@@ -274,7 +274,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["evaluate", "run", "--episodes", "0"], "--episodes is 0: give 1 or more"),
     (["evaluate", "run", "--seed", "-1"], "--seed is -1: give 0 or more"),
     (["evaluate", "run", "--split", "new"], "new"),
-    (["video"], "run"),
+    (["video"], "Missing from trmrl video: PATH"),
     (["video", "empty"], "empty is not a run folder"),
     (["video", "run", "--output", "x.avi"], "--output x.avi: give a name that ends in .gif or .mp4"),
     (["video", "run", "--fps", "0"], "--fps is 0: give 1 or more"),

@@ -158,7 +158,9 @@ class SyncTaskVectorEnv(TaskVectorEnv):
     """
 
     def __init__(self, env: str, num_envs: int = 1, **kwargs: Any) -> None:
-        self.envs = [make(env, **kwargs) for _ in range(num_envs)]
+        self.envs: list[gym.Env] = []  # where one cannot be made, those before it are closed
+        for _ in range(num_envs):
+            self.envs.append(make(env, **kwargs))
         first = self.envs[0]
         super().__init__(num_envs, first.observation_space, first.action_space)
         self.name, self._over = env, np.zeros(num_envs, dtype=bool)
